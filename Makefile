@@ -1,0 +1,52 @@
+# Needs only python3 (3.11 or newer) and make; everything else is fetched into .venv and .cache.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-unit lint format bench lock clean
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+help: ## Show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(READY) ## See the service at work on embedded servers and prove itself (about a minute); ARGS="--seconds 15"
+	@$(BIN)/campaign-stats demo $(ARGS)
+
+test: $(READY) ## All tests, on real servers that they start themselves; ARGS="-k guard"
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-unit: $(READY) ## Tests that need no server (seconds)
+	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+lint: $(READY) ## ruff, mypy, import layers
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(READY) ## Format the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(READY) ## Measure on real Kafka, beside a per-event consumer (needs Java 17 and Maven)
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
+
+lock: $(READY) ## Renew requirements.lock from pyproject.toml
+	@$(BIN)/pip install -q uv
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--extra embedded --extra dev --extra bench pyproject.toml -o requirements.lock
+
+clean: ## Remove everything that was fetched or built
+	rm -rf .venv .cache build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+		|| { echo "The venv module is missing: install it (Debian: apt-get install python3-venv)"; exit 1; }
+	@echo "Setting up .venv (once)"
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,1 @@
+"""campaign-stats: keeps campaigns.stats true and stops campaigns whose mail bounces."""

@@ -1,0 +1,541 @@
+"""Kafka: the source we read from and the publisher we write with. aiokafka has no types; its Any stays in this file."""
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.errors import (
+    CommitFailedError,
+    CorruptRecordException,
+    IllegalStateError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    RebalanceInProgressError,
+    RecordListTooLargeError,
+    RecordTooLargeError,
+    TopicAlreadyExistsError,
+    UnsupportedCodecError,
+)
+from aiokafka.partitioner import murmur2
+
+from consumer.envelope import Record
+from consumer.errors import ConfigError, OwnershipLost, Unavailable
+from consumer.generation import Partition
+
+POLL_RECORDS: Final = 500  # 4 000 costs 1.6x the CPU per record (measured)
+POLL_MS: Final = 500
+CALL_DEADLINE_S: Final = 10.0  # commits and look-ups hang while brokers are away; below the session's patience
+SEND_DEADLINE_S: Final = 10.0  # below idle_in_transaction_session_timeout: the relay sends inside a transaction
+START_DEADLINE_S: Final = 30.0
+STOP_DEADLINE_S: Final = 5.0
+MAX_BATCH_BYTES: Final = 256 * 1024
+MAX_REQUEST_BYTES: Final = 16 * 1024 * 1024  # above any broker's usual limit: the broker decides what is too large
+BIG_ROW_BYTES: Final = 128 * 1024  # larger rows get a batch of their own, so that one of them cannot spoil many
+STEP_MS: Final = 100  # one fetch behind broken bytes
+REFUSED_FOR_EVER: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """How to reach the brokers. `security` are the keyword arguments aiokafka's clients share (TLS, SASL)."""
+
+    bootstrap_servers: str
+    security: Mapping[str, object]
+    client_id: str = "campaign-stats"
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for any client."""
+        return {
+            "bootstrap_servers": self.bootstrap_servers.split(","),
+            "client_id": self.client_id,
+            "metadata_max_age_ms": 60_000,
+            **self.security,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One record to publish; `headers` are (name, bytes) pairs."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What became of a row: acknowledged (`error` None), refused for ever, or failed for now."""
+
+    error: str | None = None
+    refused: bool = False
+
+
+ACKNOWLEDGED: Final = Sent()
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """Records that the client could not hand out, first to last offset inclusive, and the class of its error."""
+
+    partition: Partition
+    first: int
+    last: int
+    error: str
+    too_large: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one poll brought from one partition: records in offset order and the offset to read next."""
+
+    partition: Partition
+    records: Sequence[Record]
+    next_offset: int
+
+
+Revoked = Callable[[], Awaitable[None]]
+Assigned = Callable[[Sequence[Partition]], None]
+
+
+def tls_context(cafile: str | None, certfile: str | None, keyfile: str | None) -> ssl.SSLContext:
+    """A client context that checks host names; raises OSError or ssl.SSLError for files that cannot be used."""
+    context = ssl.create_default_context(cafile=cafile)
+    if certfile is not None:
+        context.load_cert_chain(certfile, keyfile)
+    return context
+
+
+class Source:
+    """Our membership in the consumer group: poll, pause, commit. Offsets move by explicit commits only."""
+
+    def __init__(self, connection: Connection, topics: Sequence[str], group_id: str, *, fetch_max_wait_ms: int) -> None:
+        self._connection = connection
+        self._topics = list(topics)
+        self._group_id = group_id
+        self._fetch_max_wait_ms = fetch_max_wait_ms
+        self._consumer: Any = None
+        self._next: dict[Any, int] = {}  # per partition: one after the last offset handed out
+        self._broken: dict[Any, tuple[int, int, str]] = {}  # per partition: first offset, offset to try, error
+
+    async def start(self, revoked: Revoked, assigned: Assigned) -> None:
+        """Join the group. Raises Unavailable when the brokers cannot be reached in time; may then be called again.
+
+        `revoked` is awaited before partitions are taken (always all of them); `assigned` is called with the new ones.
+        """
+        consumer = AIOKafkaConsumer(
+            **self._connection.arguments(),
+            group_id=self._group_id,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            session_timeout_ms=15_000,
+            heartbeat_interval_ms=1_000,  # a graceful leave idles its partitions until the others' next heartbeat
+            rebalance_timeout_ms=30_000,
+            request_timeout_ms=40_000,  # must exceed the rebalance timeout
+            fetch_max_wait_ms=self._fetch_max_wait_ms,
+            max_poll_records=POLL_RECORDS,
+            partition_assignment_strategy=[RoundRobinPartitionAssignor],  # exactly one: k assignors send k JoinGroups
+        )
+        consumer.subscribe(topics=self._topics, listener=_Listener(self, revoked, assigned))
+        try:
+            async with asyncio.timeout(START_DEADLINE_S):
+                await consumer.start()
+        except (KafkaError, OSError, TimeoutError) as error:
+            await _close(consumer, STOP_DEADLINE_S)
+            raise Unavailable("kafka", f"{type(error).__name__} while joining the group") from error
+        self._consumer = consumer
+
+    async def poll(self) -> tuple[list[Batch], list[Passed]]:
+        """Wait up to half a second for records; also what had to be passed over because it cannot be handed out.
+
+        Raises Unavailable. Awaited without a time limit of ours: cancelling it would switch off the client's own checks.
+        """
+        batches: list[Batch] = []
+        passed: list[Passed] = []
+        for partition in list(self._broken):
+            await self._step_past(partition, batches, passed)
+        readable = [partition for partition in self._consumer.assignment() if partition not in self._broken]
+        if self._broken and not readable:
+            return batches, passed
+        try:
+            self._deliver(await self._getmany(readable if self._broken else (), POLL_MS), batches)
+        except _BytesError as error:
+            await self._isolate(error)
+        return batches, passed
+
+    def forget(self) -> None:
+        """Partitions are being taken away: nothing of them may survive into the next assignment."""
+        self._next.clear()
+        self._broken.clear()
+
+    def pause(self) -> None:
+        """Fetch nothing more from the partitions assigned now."""
+        self._consumer.pause(*self._consumer.assignment())
+
+    def resume(self) -> None:
+        """Fetch again."""
+        self._consumer.resume(*self._consumer.assignment())
+
+    async def commit(self, offsets: Mapping[Partition, int]) -> None:
+        """Commit the next offsets to read. Raises OwnershipLost when they are no longer ours, Unavailable else."""
+        assigned = self._consumer.assignment()
+        wanted = {TopicPartition(*partition): offset for partition, offset in offsets.items()}
+        if not wanted.keys() <= assigned:
+            raise OwnershipLost("a partition was taken away before its offsets were committed")
+        try:
+            async with asyncio.timeout(CALL_DEADLINE_S):
+                await self._consumer.commit(wanted)
+        except (IllegalStateError, CommitFailedError, RebalanceInProgressError) as error:
+            raise OwnershipLost(f"commit refused: {type(error).__name__}") from error
+        except (KafkaError, TimeoutError) as error:
+            raise Unavailable("kafka", f"{type(error).__name__} while committing") from error
+
+    async def ends(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """The offset after the last record of each partition. Raises Unavailable."""
+        return await self._look_up(self._consumer.end_offsets, partitions)
+
+    async def committed(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """The group's committed offset of each partition that has one. Raises Unavailable."""
+        found = {}
+        try:
+            async with asyncio.timeout(CALL_DEADLINE_S):
+                for partition in partitions:
+                    offset = await self._consumer.committed(TopicPartition(*partition))
+                    if offset is not None:
+                        found[partition] = offset
+        except (KafkaError, TimeoutError) as error:
+            raise Unavailable("kafka", f"{type(error).__name__} while reading offsets") from error
+        return found
+
+    async def starts(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """The first offset still kept of each partition. Raises Unavailable."""
+        return await self._look_up(self._consumer.beginning_offsets, partitions)
+
+    async def stop(self, deadline_s: float) -> None:
+        """Leave the group; never hangs and never raises."""
+        if self._consumer is not None:
+            await _close(self._consumer, deadline_s)
+
+    async def _look_up(
+        self, call: Callable[[list[Any]], Awaitable[dict[Any, int]]], partitions: Sequence[Partition]
+    ) -> dict[Partition, int]:
+        if not partitions:
+            return {}
+        try:
+            async with asyncio.timeout(CALL_DEADLINE_S):
+                found = await call([TopicPartition(*partition) for partition in partitions])
+        except (KafkaError, TimeoutError) as error:
+            raise Unavailable("kafka", f"{type(error).__name__} while reading offsets") from error
+        return {(partition.topic, partition.partition): offset for partition, offset in found.items()}
+
+    async def _getmany(self, partitions: Sequence[Any], timeout_ms: int) -> dict[Any, list[Any]]:
+        try:
+            found: dict[Any, list[Any]] = await self._consumer.getmany(
+                *partitions, timeout_ms=timeout_ms, max_records=POLL_RECORDS
+            )
+        except (CorruptRecordException, RecordTooLargeError, UnsupportedCodecError) as error:
+            raise _BytesError(type(error).__name__) from error
+        except KafkaError as error:
+            raise Unavailable("kafka", f"{type(error).__name__} while reading") from error
+        except (ValueError, IndexError, TypeError, AssertionError, OverflowError, MemoryError) as error:
+            raise _BytesError(type(error).__name__) from error  # header key not UTF-8, broken compression, ...
+        return found
+
+    def _deliver(self, found: Mapping[Any, list[Any]], batches: list[Batch]) -> None:
+        for partition, records in found.items():
+            self._next[partition] = records[-1].offset + 1
+            batches.append(Batch((partition.topic, partition.partition), records, records[-1].offset + 1))
+
+    async def _isolate(self, error: "_BytesError") -> None:
+        """One partition's bytes broke the whole poll: begin again where we were, and ask each partition alone.
+
+        The client has forgotten records that it read before the broken ones, so every partition goes back to the last
+        offset it handed out. The next polls walk on, one record at a time, in the partitions that fail alone.
+        """
+        log.warning("unreadable bytes in a fetch", error=str(error))
+        for partition in sorted(self._consumer.assignment()):
+            begin = self._next.get(partition)
+            if begin is None:
+                name = (partition.topic, partition.partition)
+                begin = (await self.committed([name])).get(name)
+                if begin is None:
+                    begin = (await self.starts([name]))[name]
+            self._next[partition] = begin
+            self._consumer.seek(partition, begin)
+            self._broken[partition] = (begin, begin, "")
+
+    async def _step_past(self, partition: Any, batches: list[Batch], passed: list[Passed]) -> None:
+        first, at, why = self._broken[partition]
+        name = (partition.topic, partition.partition)
+        self._consumer.seek(partition, at)
+        try:
+            found = await self._getmany([partition], STEP_MS)
+        except _BytesError as error:
+            self._broken[partition] = (first, at + 1, str(error))
+            return
+        if partition not in self._broken:
+            return  # taken away meanwhile
+        records = found.get(partition)
+        if not records and at < (await self.ends([name]))[name]:
+            return  # not fetched yet
+        last = (records[0].offset if records else at) - 1
+        if why:
+            passed.append(Passed(name, first, last, why, too_large=why == RecordTooLargeError.__name__))
+        del self._broken[partition]
+        if records:
+            self._deliver(found, batches)
+        else:
+            batches.append(Batch(name, (), at))
+
+
+class _BytesError(Exception):
+    """The client cannot hand out some record of this fetch; the message is the class of its error."""
+
+
+class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has no types
+    def __init__(self, source: Source, revoked: Revoked, assigned: Assigned) -> None:
+        self._source = source
+        self._revoked = revoked
+        self._assigned = assigned
+
+    async def on_partitions_revoked(self, revoked: Any) -> None:
+        self._source.forget()
+        await self._revoked()
+
+    async def on_partitions_assigned(self, assigned: Any) -> None:
+        self._assigned([(partition.topic, partition.partition) for partition in assigned])
+
+
+class Publisher:
+    """Writes records and says of each what became of it. One producer, thrown away after any failed send."""
+
+    def __init__(self, connection: Connection, *, idempotence: bool) -> None:
+        self._connection = connection
+        self._idempotence = idempotence
+        self._producer: Any = None
+
+    async def publish(self, rows: Sequence[Outgoing], *, alone: bool = False) -> list[Sent]:
+        """Send all and wait; what became of each row, in order. Rows of one key arrive in the order given.
+
+        `alone` sends one after the other, so that the row at fault shows itself; it stops at the first that merely failed.
+        Only a row sent alone can come back as refused. Raises Unavailable when no producer can be had.
+        """
+        if alone:
+            return await self._one_by_one(rows)
+        producer = await self._ready()
+        results: list[Sent] = [Sent(error="not acknowledged in time")] * len(rows)
+        try:
+            futures = await self._send_batches(producer, rows)
+            done, _ = await asyncio.wait([future for future, _ in futures], timeout=SEND_DEADLINE_S)
+            for future, places in futures:
+                if future in done:
+                    error = future.exception()
+                    for place in places:
+                        results[place] = ACKNOWLEDGED if error is None else Sent(error=type(error).__name__)
+        except (KafkaError, OSError, TimeoutError) as error:
+            results = [sent if sent is ACKNOWLEDGED else Sent(error=type(error).__name__) for sent in results]
+        if any(sent is not ACKNOWLEDGED for sent in results):
+            await self.close(STOP_DEADLINE_S)  # a sequence gap stays for ever in an idempotent producer
+        return results
+
+    async def check(self, topics: Sequence[str]) -> list[str]:
+        """Those of `topics` that do not exist. Raises Unavailable when the brokers cannot be reached."""
+        producer = await self._ready()
+        try:
+            async with asyncio.timeout(CALL_DEADLINE_S):
+                metadata = await producer.client.fetch_all_metadata()
+                return [topic for topic in topics if topic not in metadata.topics()]
+        except (KafkaError, OSError, TimeoutError) as error:
+            raise Unavailable("kafka", f"{type(error).__name__} while reading metadata") from error
+
+    async def close(self, deadline_s: float) -> None:
+        """Drop the producer; never hangs and never raises. The next publish makes a new one."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await _close(producer, deadline_s)
+
+    async def _ready(self) -> Any:
+        if self._producer is None:
+            producer = AIOKafkaProducer(
+                **self._connection.arguments(),
+                acks="all",
+                enable_idempotence=self._idempotence,
+                linger_ms=0,
+                max_batch_size=MAX_BATCH_BYTES,
+                max_request_size=MAX_REQUEST_BYTES,
+                request_timeout_ms=int(SEND_DEADLINE_S * 1000),
+            )
+            try:
+                async with asyncio.timeout(START_DEADLINE_S):
+                    await producer.start()
+            except (KafkaError, OSError, TimeoutError) as error:
+                await _close(producer, STOP_DEADLINE_S)
+                raise Unavailable("kafka", f"{type(error).__name__} while starting a producer") from error
+            except asyncio.CancelledError:
+                await _close(producer, STOP_DEADLINE_S)
+                raise
+            self._producer = producer
+        return self._producer
+
+    async def _send_batches(self, producer: Any, rows: Sequence[Outgoing]) -> list[tuple[Any, list[int]]]:
+        """Futures, each with the places of the rows it stands for."""
+        places_of: dict[tuple[str, int], list[int]] = {}
+        for place, row in enumerate(rows):
+            places_of.setdefault((row.topic, await self._partition(producer, row)), []).append(place)
+        futures: list[tuple[Any, list[int]]] = []
+        async with asyncio.timeout(SEND_DEADLINE_S):
+            for (topic, partition), places in places_of.items():
+                batch = producer.create_batch()
+                inside: list[int] = []
+                for place in places:
+                    row = rows[place]
+                    if inside and (len(row.value or b"") > BIG_ROW_BYTES or not self._append(batch, row)):
+                        futures.append((await producer.send_batch(batch, topic, partition=partition), inside))
+                        batch, inside = producer.create_batch(), []
+                        self._append(batch, row)
+                    elif not inside:
+                        self._append(batch, row)
+                    inside.append(place)
+                futures.append((await producer.send_batch(batch, topic, partition=partition), inside))
+        return futures
+
+    @staticmethod
+    def _append(batch: Any, row: Outgoing) -> bool:
+        return batch.append(timestamp=None, key=row.key, value=row.value, headers=list(row.headers)) is not None
+
+    @staticmethod
+    async def _partition(producer: Any, row: Outgoing) -> int:
+        # As every Kafka client does by default, so that neighbours find a key where they expect it.
+        partitions = sorted(await producer.partitions_for(row.topic))
+        place: int = partitions[(murmur2(row.key or b"") & 0x7FFFFFFF) % len(partitions)]
+        return place
+
+    async def _one_by_one(self, rows: Sequence[Outgoing]) -> list[Sent]:
+        results: list[Sent] = []
+        for row in rows:
+            producer = await self._ready()
+            try:
+                async with asyncio.timeout(SEND_DEADLINE_S):
+                    await producer.send_and_wait(row.topic, row.value, key=row.key, headers=list(row.headers))
+                results.append(ACKNOWLEDGED)
+            except REFUSED_FOR_EVER:
+                await self.close(STOP_DEADLINE_S)
+                results.append(Sent(error="larger than the topic takes (max.message.bytes)", refused=True))
+            except (KafkaError, OSError, TimeoutError) as error:
+                await self.close(STOP_DEADLINE_S)
+                results.append(Sent(error=type(error).__name__))
+                break
+        return results + [Sent(error="not tried")] * (len(rows) - len(results))
+
+
+async def create_topics(
+    connection: Connection, topics: Mapping[str, Mapping[str, str]], *, partitions: int, replication: int
+) -> list[str]:
+    """Create those of `topics` (name -> topic settings) that are missing; returns their names. Raises Unavailable."""
+    admin = AIOKafkaAdminClient(**connection.arguments())
+    try:
+        async with asyncio.timeout(START_DEADLINE_S):
+            await admin.start()
+            existing = set(await admin.list_topics())
+            missing = [topic for topic in topics if topic not in existing]
+            response = await admin.create_topics(
+                [
+                    NewTopic(topic, partitions, replication, topic_configs=dict(topics[topic]))
+                    for topic in missing
+                ]
+            )
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise Unavailable("kafka", f"{type(error).__name__} while creating topics") from error
+    finally:
+        await _close(admin, STOP_DEADLINE_S)
+    problems = [
+        f"topic {topic}: {message or f'error {code}'}"
+        for topic, code, message in getattr(response, "topic_errors", [])
+        if code not in (0, TopicAlreadyExistsError.errno)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return missing
+
+
+async def delete_topics(connection: Connection, topics: Sequence[str]) -> None:
+    """Delete topics. Raises Unavailable."""
+    admin = AIOKafkaAdminClient(**connection.arguments())
+    try:
+        async with asyncio.timeout(START_DEADLINE_S):
+            await admin.start()
+            await admin.delete_topics(list(topics))
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise Unavailable("kafka", f"{type(error).__name__} while deleting topics") from error
+    finally:
+        await _close(admin, STOP_DEADLINE_S)
+
+
+class Reader:
+    """Reads topics outside any group, from now on; for commands (`tail`, `sync --wait`)."""
+
+    def __init__(self, connection: Connection, topics: Sequence[str], *, fetch_max_wait_ms: int) -> None:
+        self._topics = list(topics)
+        self._consumer: Any = AIOKafkaConsumer(
+            **connection.arguments(),
+            enable_auto_commit=False,
+            auto_offset_reset="latest",
+            isolation_level="read_committed",
+            fetch_max_wait_ms=fetch_max_wait_ms,
+        )
+
+    async def __aenter__(self) -> "Reader":
+        """Stand at the end of every partition. Raises Unavailable."""
+        try:
+            async with asyncio.timeout(START_DEADLINE_S):
+                await self._consumer.start()
+                partitions = [
+                    TopicPartition(topic, partition)
+                    for topic in self._topics
+                    for partition in (await self._consumer._client.fetch_all_metadata()).partitions_for_topic(topic) or ()
+                ]
+                self._consumer.assign(partitions)
+                await self._consumer.seek_to_end()
+                for partition in partitions:
+                    await self._consumer.position(partition)
+        except (KafkaError, OSError, TimeoutError) as error:
+            await _close(self._consumer, STOP_DEADLINE_S)
+            raise Unavailable("kafka", f"{type(error).__name__} while starting to read") from error
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop reading; never hangs."""
+        await _close(self._consumer, STOP_DEADLINE_S)
+
+    async def read(self, timeout_s: float) -> list[Record]:
+        """Records of any partition, in offset order within each; empty after the timeout. Raises Unavailable."""
+        try:
+            found = await self._consumer.getmany(timeout_ms=int(timeout_s * 1000))
+        except KafkaError as error:
+            raise Unavailable("kafka", f"{type(error).__name__} while reading") from error
+        return [record for records in found.values() for record in records]
+
+
+async def _close(client: Any, deadline_s: float) -> None:
+    """Stop a consumer, producer or admin client: it may hang while brokers are away and may raise CancelledError itself."""
+    stop = getattr(client, "stop", None) or client.close
+    task = asyncio.ensure_future(stop())
+    done, _ = await asyncio.wait([task], timeout=deadline_s)
+    if done:
+        if not task.cancelled() and task.exception() is not None:
+            log.debug("client stopped with an error", error=type(task.exception()).__name__)
+        return
+    task.cancel()
+    inner = getattr(client, "_client", None) or getattr(client, "client", None)
+    if inner is not None:
+        closing = asyncio.ensure_future(inner.close())
+        await asyncio.wait([closing, task], timeout=1)

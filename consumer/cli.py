@@ -1,0 +1,321 @@
+"""The commands: parse, call, print, exit code (0 clean, 1 failure or "no", 2 something must be put right, 3 overran)."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Coroutine
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, TypeVar
+from uuid import UUID, uuid4
+
+import orjson
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from consumer import broker, logs, migrations, questions
+from consumer.broker import Outgoing, Publisher, Reader
+from consumer.database import Database
+from consumer.envelope import CONTENT_TYPE, encode
+from consumer.errors import ConfigError, ServiceError
+from consumer.settings import Settings, read_settings
+from schemas import events
+from schemas.topics import Topics
+
+T = TypeVar("T")
+
+DEAD_LETTER_RETENTION_MS: Final = 7 * 24 * 3600 * 1000  # they repeat what upstream sent: short
+
+app = typer.Typer(
+    name="campaign-stats",
+    help="Keeps campaigns.stats true and stops campaigns whose mail bounces.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document for scripts instead of a table.")]
+
+
+
+
+def main() -> None:
+    """Run a command; errors that a person can mend are printed as sentences."""
+    try:
+        app()
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"campaign-stats: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except ServiceError as error:
+        print(f"campaign-stats: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _settings(**given: object) -> Settings:
+    settings = read_settings(**given)
+    logs.configure(sys.stderr, settings.log_level)
+    return settings
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(work)
+
+
+def _print_json(document: object) -> None:
+    print(orjson.dumps(document, default=str).decode())
+
+
+def _campaign_id(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise typer.BadParameter("not a UUID: give a campaign's id, 8-4-4-4-12 hex") from None
+
+
+CampaignId = Annotated[UUID, typer.Argument(parser=_campaign_id, metavar="ID", help="A campaign's id.")]
+
+
+@app.command(epilog="Example: campaign-stats run")
+def run(
+    until_caught_up: Annotated[
+        bool, typer.Option("--until-caught-up", help="End with 0 once everything there was at the start is done.")
+    ] = False,
+) -> None:
+    """Serve: read hints and sync requests, recount, pause, publish. Logs JSON lines on stdout."""
+    from consumer.service import Service
+
+    settings = read_settings()
+    logs.configure(sys.stdout, settings.log_level)
+
+    async def serve() -> int:
+        return await Service(settings).run(until_caught_up=until_caught_up)
+
+    sys.exit(_run(serve()))
+
+
+@app.command(epilog="Example: campaign-stats migrate --reference-schema")
+def migrate(
+    reference_schema: Annotated[
+        bool, typer.Option("--reference-schema", help="First create the product's tables, for trials and tests.")
+    ] = False,
+) -> None:
+    """Apply the service's migrations to DATABASE_URL. Safe to run twice, at once, or again after a crash."""
+    settings = _settings(kafka_bootstrap_servers="unused")
+    applied = _run(
+        migrations.migrate(settings.database_url.get_secret_value(), reference_schema=reference_schema)
+    )
+    for name in applied:
+        print(f"applied {name}")
+    if not applied:
+        print("nothing to do: the database is up to date")
+
+
+@app.command(epilog="Example: campaign-stats topics --create --partitions 12 --replication 3")
+def topics(
+    create: Annotated[bool, typer.Option("--create", help="Create the topics that are missing.")] = False,
+    partitions: Annotated[int, typer.Option(min=1, help="Partitions of each new topic.")] = 12,
+    replication: Annotated[int, typer.Option(min=1, help="Replicas of each new topic.")] = 3,
+) -> None:
+    """List the topics the service needs; with --create, create the missing ones. Exit 1 while some are missing."""
+    settings = _settings(database_url="unused")
+    names = Topics(settings.topic_prefix)
+    from consumer.service import kafka_connection
+
+    connection = kafka_connection(settings)
+
+    async def work() -> list[str]:
+        if create:
+            wanted = {name: {"cleanup.policy": "delete"} for name in names.all}
+            wanted[names.dead_letters]["retention.ms"] = str(DEAD_LETTER_RETENTION_MS)
+            for name in await broker.create_topics(
+                connection, wanted, partitions=partitions, replication=replication
+            ):
+                print(f"created {name}")
+        publisher = Publisher(connection, idempotence=False)
+        try:
+            return await publisher.check(names.all)
+        finally:
+            await publisher.close(5.0)
+
+    missing = _run(work())
+    for name in names.all:
+        print(f"{'missing' if name in missing else 'present'} {name}")
+    sys.exit(1 if missing else 0)
+
+
+@app.command(epilog="Example: campaign-stats sync 8c2b2d4e-e29b-41d4-a716-446655440000 --wait 10")
+def sync(
+    campaign_id: CampaignId,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the answer and print its data.")] = False,
+    seconds: Annotated[float, typer.Argument(min=0.1, metavar="[SECONDS]", help="How long to wait.")] = 30.0,
+) -> None:
+    """Publish a sync request and print its id; with --wait, exit 0 for counts, 1 when rejected or unanswered in time."""
+    settings = _settings(database_url="unused")
+    from consumer.service import kafka_connection
+
+    connection = kafka_connection(settings)
+    names = Topics(settings.topic_prefix)
+    request_id = str(uuid4())
+    event = encode(
+        type=events.SYNC_REQUESTED,
+        id=request_id,
+        time=datetime.now(UTC),
+        subject=str(campaign_id),
+        data={"campaign_id": str(campaign_id), "reason": "asked by an operator"},
+    )
+
+    async def publish() -> None:
+        publisher = Publisher(connection, idempotence=settings.producer_idempotence)
+        try:
+            row = Outgoing(names.of(events.SYNC_REQUESTED), str(campaign_id).encode(), event, CONTENT_TYPE)
+            [sent] = await publisher.publish([row], alone=True)
+        finally:
+            await publisher.close(5.0)
+        if sent.error is not None:
+            raise ServiceError(f"the request was not published: {sent.error}")
+
+    async def ask(timeout_s: float) -> dict[str, Any] | None:
+        answers = [names.of(events.STATS_UPDATED), names.of(events.SYNC_REJECTED)]
+        async with Reader(connection, answers, fetch_max_wait_ms=settings.fetch_max_wait_ms) as reader:
+            await publish()
+            print(request_id, file=sys.stderr)
+            deadline = asyncio.get_running_loop().time() + timeout_s
+            while (left := deadline - asyncio.get_running_loop().time()) > 0:
+                for record in await reader.read(min(left, 0.5)):
+                    answer: dict[str, Any] = orjson.loads(record.value or b"{}")
+                    if answer.get("causationid") == request_id:
+                        return answer
+        return None
+
+    if not wait:
+        _run(publish())
+        print(request_id)
+        return
+    answer = _run(ask(seconds))
+    if answer is None:
+        raise ServiceError(f"no answer to {request_id} within {seconds:g} s: is the service running?")
+    _print_json(answer["data"])
+    sys.exit(0 if answer["type"] == events.STATS_UPDATED else 1)
+
+
+@app.command(epilog="Example: campaign-stats why 8c2b2d4e-e29b-41d4-a716-446655440000")
+def why(campaign_id: CampaignId, as_json: JsonFlag = False) -> None:
+    """Explain what the bounce guard thinks of a campaign, in words and numbers. Exit 1 for an unknown id."""
+    settings = _settings(kafka_bootstrap_servers="unused")
+    explanation = _run(_with_database(settings, lambda db: questions.why(db, campaign_id, settings.limits)))
+    if explanation is None:
+        raise ServiceError(f"no campaign has the id {campaign_id}")
+    if as_json:
+        _print_json(explanation.document())
+    else:
+        print(explanation.words())
+
+
+@app.command(epilog="Example: campaign-stats drift --json")
+def drift(as_json: JsonFlag = False) -> None:
+    """Campaigns whose stored stats differ from the truth now. Changes nothing; exit 1 if there are any."""
+    settings = _settings(kafka_bootstrap_servers="unused")
+    found = _run(_with_database(settings, questions.drift))
+    if as_json:
+        _print_json(found)
+    elif found:
+        table = Table(title=f"{len(found)} campaigns with wrong stats (truth minus stored)")
+        for column in ("campaign", "type", "status", "last synced", "drift"):
+            table.add_column(column)
+        for row in found:
+            changes = ", ".join(f"{key} {difference:+d}" for key, difference in row["drift"].items())
+            table.add_row(row["id"], row["type"], row["status"], row["last_synced_at"] or "never", changes)
+        Console().print(table)
+    else:
+        print("no drift: every campaign's stored stats are right")
+    sys.exit(1 if found else 0)
+
+
+@app.command(epilog="Example: campaign-stats reconcile --all --now")
+def reconcile(
+    campaign_ids: Annotated[
+        list[UUID] | None, typer.Argument(parser=_campaign_id, metavar="[ID]...", help="Campaigns to recount.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every campaign.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="At once instead of after the grace time.")] = False,
+) -> None:
+    """Defer campaigns for a recount by the running service and publish them anew. Prints how many."""
+    if bool(campaign_ids) == everything:
+        raise typer.BadParameter("give campaign ids, or --all")
+    settings = _settings(kafka_bootstrap_servers="unused")
+    delay_s = 0.0 if now else settings.drift_grace_s
+    chosen = None if everything else campaign_ids
+    count = _run(_with_database(settings, lambda db: questions.reconcile(db, chosen, delay_s)))
+    print(count)
+    if chosen is not None and count < len(set(chosen)):
+        print(f"campaign-stats: {len(set(chosen)) - count} of these ids are no campaign's", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command(epilog="Example: campaign-stats tail --json | head")
+def tail(as_json: JsonFlag = False) -> None:
+    """Follow what the service publishes, from now on, until Ctrl-C."""
+    settings = _settings(database_url="unused")
+    from consumer.service import kafka_connection
+
+    connection = kafka_connection(settings)
+    names = Topics(settings.topic_prefix)
+
+    async def follow() -> None:
+        topics = [*names.written, names.dead_letters]
+        async with Reader(connection, topics, fetch_max_wait_ms=settings.fetch_max_wait_ms) as reader:
+            print(f"following {', '.join(topics)}", file=sys.stderr, flush=True)
+            while True:
+                for record in await reader.read(0.5):
+                    print(_line(record.topic, record.value, record.headers, as_json), flush=True)
+
+    _run(follow())
+
+
+def _line(topic: str, value: bytes | None, headers: Any, as_json: bool) -> str:
+    try:
+        event = orjson.loads(value or b"null")
+    except orjson.JSONDecodeError:
+        event = None
+    if as_json:
+        return json.dumps({"topic": topic, "event": event})
+    if topic.endswith("dead-letters"):
+        said = {name: content.decode("utf-8", "replace") for name, content in headers}
+        return f"dead letter  {said.get('dead-letter-reason', '?')}: {said.get('dead-letter-error', '')}"
+    if not isinstance(event, dict) or not isinstance(event.get("data"), dict):
+        return f"{topic}  (not an event)"
+    data = event["data"]
+    campaign = event.get("subject")
+    if event.get("type") == events.PAUSED:
+        return f"paused  {campaign}  {data['bounced']} of {data['sent']} bounced ({data['rate_bp'] / 100:.2f} %)"
+    if event.get("type") == events.SYNC_REJECTED:
+        return f"rejected  {campaign}  {data['reason']}"
+    stats = json.dumps(data["campaign"]["stats"], separators=(",", ":"))
+    return f"stats  {campaign}  {data['campaign']['status']}  {stats}  {data['trigger']}"
+
+
+@app.command(epilog="Example: campaign-stats demo --seconds 20")
+def demo(
+    kafka: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Use this Kafka, not the embedded broker.")] = None,
+    database: Annotated[
+        str | None, typer.Option(metavar="URL", help="Use this PostgreSQL (a database of its own is made and dropped).")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=5, max=55, help="How long the upstream works.")] = 25.0,
+) -> None:
+    """Show the whole service at work on embedded servers, and prove from scratch that every number is right."""
+    try:
+        from consumer.demo.show import show
+    except ImportError as error:
+        raise ConfigError([f"the demo needs {error.name}: pip install 'campaign-stats[embedded]'"]) from error
+    sys.exit(show(kafka=kafka, database_url=database, seconds=seconds))
+
+
+async def _with_database(settings: Settings, ask: Any) -> Any:
+    database = Database(settings.database_url.get_secret_value(), size=1)
+    await database.open()
+    try:
+        async with database.connection() as connection:
+            return await ask(connection)
+    finally:
+        await database.close(5.0)

@@ -1,0 +1,470 @@
+"""PostgreSQL: one statement per file in sql/, one typed function per statement, and the translation of its errors."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from importlib import resources
+from typing import Final, TypeVar
+from uuid import UUID
+
+import asyncpg
+import orjson
+from asyncpg.pool import PoolConnectionProxy
+
+from consumer.envelope import Cause, SyncRequest
+from consumer.errors import Unavailable
+from consumer.generation import Seen, Work
+from consumer.guard import Override, Window
+from consumer.outcome import Campaign, Deferral, Held, Outcome, Recount
+from consumer.outcome import rate_bp as rate_of
+from schemas.events import Trigger
+
+Connection = asyncpg.Connection | PoolConnectionProxy
+Row = TypeVar("Row")
+
+POOL_SIZE: Final = 6  # pipeline, deferred, relay, sweep, gauges, and one to spare
+COMMAND_DEADLINE_S: Final = 35.0  # statement_timeout plus the time its answer may take; beyond it the connection is dead
+ACQUIRE_DEADLINE_S: Final = 10.0
+SESSION: Final = {
+    "application_name": "campaign-stats",
+    "row_security": "off",  # filtered rows would silently count every campaign to zero; now it is an error
+    "default_transaction_isolation": "read committed",  # the recount's second snapshot depends on it
+    "jit": "off",
+    "statement_timeout": "30s",
+    "lock_timeout": "2s",
+    "idle_in_transaction_session_timeout": "20s",  # longer than the relay's send deadline
+    "timezone": "UTC",
+}
+OUTAGE_CLASSES: Final = ("08", "53", "57P", "40", "28", "3D")  # 28, 3D: login refused, database missing
+OUTAGE_STATES: Final = frozenset(("25006", "42501", "0A000", "42P01", "42883", "42703", "3F000"))
+STALE_POOL: Final = frozenset(("25006", "57P01"))  # after a failover a pool keeps talking to the old node
+
+
+@dataclass(frozen=True, slots=True)
+class WindowRead:
+    """The window of one candidate; contacts are None when it is empty or older than the `contacted_at` trigger."""
+
+    window: Window
+    oldest_contact: datetime | None
+    newest_contact: datetime | None
+    decided_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A row of the outbox: `event` goes to the topic of `type` under the campaign's key."""
+
+    id: int
+    campaign_id: UUID
+    type: str
+    event: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A campaign as the sweep sees it, unlocked."""
+
+    campaign_id: UUID
+    type: str
+    status: str
+    last_synced_at: datetime | None
+    counts: Mapping[str, int]
+    drift: Mapping[str, int]
+    differs: bool
+    waiting: bool
+    guard_paused_at: datetime | None
+    user_limits: Override | None
+    campaign_limits: Override | None
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What waits in our tables. Ages in seconds, 0 when nothing waits."""
+
+    outbox_rows: int
+    set_aside_rows: int
+    outbox_age_s: float
+    deferred: Mapping[str, int]
+    deferred_age_s: float
+    failing_campaigns: int
+
+
+@cache
+def statement(name: str) -> str:
+    """The text of sql/`name`.sql."""
+    return (resources.files("consumer") / "sql" / f"{name}.sql").read_text("utf-8")
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise Unavailable for what design section 6 calls an outage of the database; everything else goes through."""
+    try:
+        yield
+    except asyncpg.PostgresError as error:
+        if is_outage(error.sqlstate):
+            raise Unavailable("database", f"{type(error).__name__} ({error.sqlstate})") from error
+        raise
+    except (asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        raise Unavailable("database", f"{type(error).__name__}") from error
+
+
+def is_outage(sqlstate: str | None) -> bool:
+    """Away, full, read-only, serialization, rights or tables or functions not as they should be."""
+    if sqlstate is None:
+        return True
+    return sqlstate.startswith(OUTAGE_CLASSES) or sqlstate in OUTAGE_STATES
+
+
+class Database:
+    """A pool of sessions set up as design section 5 says. Opening it connects to nothing yet."""
+
+    def __init__(self, url: str, *, size: int = POOL_SIZE) -> None:
+        self._pool = asyncpg.create_pool(
+            url,
+            min_size=0,
+            max_size=size,
+            server_settings=SESSION,
+            command_timeout=COMMAND_DEADLINE_S,
+            timeout=ACQUIRE_DEADLINE_S,
+            init=_prepare,
+            reset=_leave_alone,
+            max_inactive_connection_lifetime=300,
+        )
+
+    async def open(self) -> None:
+        """Make the pool usable."""
+        with translated():
+            await self._pool
+
+    async def close(self, deadline_s: float) -> None:
+        """End all sessions, the hard way after the deadline."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._pool.close()
+        except TimeoutError:
+            self._pool.terminate()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """A session outside any transaction. Raises Unavailable when none can be had or it is lost."""
+        try:
+            with translated():
+                async with self._pool.acquire(timeout=ACQUIRE_DEADLINE_S) as connection:
+                    yield connection
+        except Unavailable as error:
+            if isinstance(error.__cause__, asyncpg.PostgresError) and error.__cause__.sqlstate in STALE_POOL:
+                await self._pool.expire_connections()
+            raise
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator["Transaction"]:
+        """One READ COMMITTED transaction: committed on the way out, rolled back when anything is raised.
+
+        Raises Unavailable for an outage; after one on COMMIT the result is unknown: repeat the whole, it is idempotent.
+        """
+        async with self.connection() as connection, connection.transaction():
+            yield Transaction(connection)
+
+    async def check_writable(self) -> None:
+        """Raises Unavailable unless a write is possible now (a standby after a failover only reads)."""
+        async with self.connection() as connection:
+            if await connection.fetchval("SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool"):
+                raise Unavailable("database", "read-only")
+
+    async def backlog(self) -> Backlog:
+        """What waits in our tables."""
+        async with self.connection() as connection:
+            return Backlog(**dict(await _one(connection, statement("backlog"))))
+
+    async def next_due_s(self) -> float | None:
+        """Seconds until a deferred row is due, negative when one waits already, None when there is none."""
+        async with self.connection() as connection:
+            seconds: float | None = await connection.fetchval(statement("next_due"))
+            return seconds
+
+    async def forget(self, days: int) -> int:
+        """Apply retention; returns how many rows went."""
+        async with self.connection() as connection:
+            gone: int = await connection.fetchval(statement("retention"), days)
+            return gone
+
+    async def horizon(self) -> tuple[datetime, int]:
+        """The database's clock and the highest outbox id handed out so far."""
+        async with self.connection() as connection:
+            row = await _one(
+                connection,
+                "SELECT clock_timestamp() AS now, coalesce((SELECT max(id) FROM campaign_stats.outbox), 0) AS last",
+            )
+            return row["now"], row["last"]
+
+    async def is_caught_up(self, moment: datetime, last_outbox_id: int) -> bool:
+        """Whether nothing of that moment is still deferred (but sweep and failing ones) or unpublished."""
+        async with self.connection() as connection:
+            row = await _one(connection, statement("caught_up"), moment, last_outbox_id)
+            return row["deferred"] == 0 and row["unpublished"] == 0
+
+
+class Transaction:
+    """Statements of one transaction. Its methods translate nothing: errors pass through Database.transaction."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @asynccontextmanager
+    async def savepoint(self) -> AsyncIterator[None]:
+        """What is raised inside undoes only what was done inside. Raises Unavailable for an outage."""
+        with translated():
+            async with self._connection.transaction():
+                yield
+
+    async def now(self) -> datetime:
+        """The database's clock."""
+        moment: datetime = await self._connection.fetchval("SELECT clock_timestamp()")
+        return moment
+
+    async def recount(self, campaign_ids: Sequence[UUID], caller: str) -> tuple[dict[UUID, Recount], dict[UUID, Held]]:
+        """Lock, recount and write `stats` and `last_synced_at`; those that exist, recounted or held back.
+
+        Two statements inside one function: a statement's snapshot is older than the lock it waits for (design, section 5).
+        """
+        recounts: dict[UUID, Recount] = {}
+        held: dict[UUID, Held] = {}
+        for row in await self._connection.fetch(statement("recount"), campaign_ids, caller):
+            if row["held"] is None:
+                recounts[row["campaign_id"]] = _recount(row)
+            else:
+                held[row["campaign_id"]] = Held(
+                    row["campaign_id"],
+                    row["user_id"],
+                    row["held"],
+                    row["retry_at"],
+                    row["failures"],
+                    row["counted_at"],
+                )
+        return recounts, held
+
+    async def windows(self, candidates: Sequence[tuple[UUID, int, datetime | None]]) -> dict[UUID, WindowRead]:
+        """The guard's window of every candidate: (campaign, size or 0 for all, opened at or None for the beginning)."""
+        rows = await self._connection.fetch(
+            statement("guard_windows"),
+            [campaign_id for campaign_id, _, _ in candidates],
+            [size for _, size, _ in candidates],
+            [opened_at for _, _, opened_at in candidates],
+        )
+        return {
+            row["id"]: WindowRead(
+                Window(row["sent"], row["bounced"]), row["oldest_contact"], row["newest_contact"], row["decided_at"]
+            )
+            for row in rows
+        }
+
+    async def pause(self, campaign_ids: Sequence[UUID]) -> dict[UUID, tuple[datetime, Campaign]]:
+        """Pause locked, active campaigns for their bounce rate: when, and the row afterwards."""
+        rows = await self._connection.fetch(statement("pause"), campaign_ids)
+        return {row["campaign_id"]: (row["paused_at"], _campaign(row)) for row in rows}
+
+    async def save(self, outcome: Outcome) -> None:
+        """State, audit, outbox and deferrals in one round trip; none when there is nothing to save."""
+        if not (outcome.states or outcome.outbox or outcome.deferrals or outcome.decisions or outcome.hurried):
+            return
+        await self._connection.execute(
+            statement("save"),
+            [state.campaign_id for state in outcome.states],
+            [state.version for state in outcome.states],
+            [state.published and dict(state.published[0]) for state in outcome.states],
+            [state.published and state.published[1] for state in outcome.states],
+            [state.guard_paused_at for state in outcome.states],
+            [state.observed_trip for state in outcome.states],
+            [state.last_total for state in outcome.states],
+            [state.cooldown_s for state in outcome.states],
+            [row.shard for row in outcome.outbox],
+            [row.campaign_id for row in outcome.outbox],
+            [row.type for row in outcome.outbox],
+            [row.event for row in outcome.outbox],
+            [
+                {
+                    "campaign_id": decision.campaign_id,
+                    "decided_at": decision.judgement.paused_at or decision.judgement.decided_at,
+                    "mode": decision.judgement.resolved.limits.mode,
+                    "verdict": decision.judgement.verdict,
+                    "paused": decision.judgement.paused_at is not None,
+                    "version": decision.version,
+                    "sent": decision.judgement.window.sent,
+                    "bounced": decision.judgement.window.bounced,
+                    "rate_bp": rate_of(decision.judgement.window),
+                    "threshold_bp": decision.judgement.resolved.limits.threshold_bp,
+                    "min_sent": decision.judgement.resolved.limits.min_sent,
+                    "window_size": decision.judgement.resolved.limits.window,
+                    "limits_from": decision.judgement.resolved.origin,
+                    "opened_at": decision.judgement.opened_at,
+                    "oldest_contact": decision.judgement.oldest_contact,
+                    "newest_contact": decision.judgement.newest_contact,
+                }
+                for decision in outcome.decisions
+            ],
+            [_deferral(deferral) for deferral in outcome.deferrals],
+            outcome.hurried,
+        )
+
+    async def take_deferred(self) -> list[Work]:
+        """All due rows of one campaign, oldest row first; empty when nothing is due. Must be the first statement."""
+        rows = await self._connection.fetch(statement("take_deferred"))
+        return [_work(row) for row in sorted(rows, key=lambda row: row["id"])]
+
+    async def fail(self, campaign_id: UUID) -> tuple[int, UUID | None, datetime]:
+        """Note one more failure in a row: how many, the campaign's owner (None: it is gone), the clock."""
+        row = await _one(self._connection, statement("fail"), campaign_id)
+        return row["failures"], row["user_id"], row["now"]
+
+    async def lock_shards(self) -> list[int]:
+        """Shards with something to publish that no other relay holds; locked until the transaction ends."""
+        return [row["shard"] for row in await self._connection.fetch(statement("relay_lock"))]
+
+    async def read_outbox(self, shards: Sequence[int], rows: int, size: int) -> list[Pending]:
+        """What is to be published of locked shards in id order, about `rows` rows and `size` bytes at most."""
+        found = await self._connection.fetch(statement("relay_read"), shards, rows, size)
+        return [Pending(row["id"], row["campaign_id"], row["type"], row["event"]) for row in found]
+
+    async def finish_outbox(self, published: Sequence[int], refused: Mapping[int, str]) -> None:
+        """Delete what was acknowledged, set aside what can never be sent (id -> why)."""
+        await self._connection.execute(statement("relay_done"), published, list(refused), list(refused.values()))
+
+    async def sweep_turn(self) -> tuple[UUID | None, datetime | None] | None:
+        """Where the sweep goes on and when its lap began; None when no page is due or somebody else sweeps."""
+        row = await self._connection.fetchrow(statement("sweep_turn"))
+        return None if row is None else (row["after_id"], row["lap_started"])
+
+    async def sweep_page(self, after: UUID | None, campaigns: int) -> list[Compared]:
+        """The next campaigns in id order, compared with their rows and with what was published."""
+        return [
+            Compared(
+                row["id"],
+                row["type"],
+                row["status"],
+                row["last_synced_at"],
+                row["counts"],
+                row["drift"],
+                row["differs"],
+                row["waiting"],
+                row["guard_paused_at"],
+                override(row["user_limits"]),
+                override(row["campaign_limits"]),
+            )
+            for row in await self._connection.fetch(statement("sweep_page"), after, campaigns)
+        ]
+
+    async def sweep_advance(self, after: UUID | None, interval_s: float) -> None:
+        """Go on after this campaign, or with None begin the next lap in `interval_s` seconds."""
+        await self._connection.execute(statement("sweep_advance"), after, interval_s)
+
+
+async def _prepare(connection: Connection) -> None:
+    await connection.set_type_codec(
+        "jsonb", schema="pg_catalog", encoder=_to_json, decoder=orjson.loads
+    )
+
+
+def _to_json(value: object) -> str:
+    return orjson.dumps(value, default=str).decode()  # str: asyncpg's own subclass of UUID
+
+
+async def _leave_alone(connection: Connection) -> None:
+    """Every session is ours alone and set up once: the pool's RESET would be a round trip per transaction."""
+
+
+async def _one(connection: Connection, query: str, *arguments: object) -> asyncpg.Record:
+    row = await connection.fetchrow(query, *arguments)
+    if row is None:
+        raise LookupError("a statement that always returns one row returned none")
+    return row
+
+
+def _recount(row: asyncpg.Record) -> Recount:
+    return Recount(
+        campaign=_campaign(row),
+        counts=row["counts"],
+        drift=row["drift"],
+        synced_before=row["synced_before"],
+        counted_at=row["counted_at"],
+        version=row["version"],
+        published_counts=row["published_counts"],
+        published_status=row["published_status"],
+        guard_paused_at=row["guard_paused_at"],
+        observed_trip=row["observed_trip"],
+        last_total=row["last_total"],
+        failures=row["failures"],
+        user_limits=override(row["user_limits"]),
+        campaign_limits=override(row["campaign_limits"]),
+    )
+
+
+def _campaign(row: asyncpg.Record) -> Campaign:
+    return Campaign(
+        id=row["campaign_id"],
+        user_id=row["user_id"],
+        type=row["type"],
+        name=row["name"],
+        status=row["status"],
+        daily_limit=row["daily_limit"],
+        stop_on_reply=row["stop_on_reply"],
+        open_tracking=row["open_tracking"],
+        skip_other_campaigns=row["skip_other_campaigns"],
+        stats=row["stats"],
+        last_synced_at=row["last_synced_at"],
+        pause_reason=row["pause_reason"],
+        created_at=row["created_at"],
+        updated_at=row["updated_at"],
+    )
+
+
+def override(limits: Mapping[str, object] | None) -> Override | None:
+    """A row of guard_limits as read by to_jsonb; None when there is none."""
+    if limits is None:
+        return None
+    return Override(
+        mode=_text(limits["mode"]),
+        threshold_bp=_integer(limits["threshold_bp"]),
+        min_sent=_integer(limits["min_sent"]),
+        window=_integer(limits["window_size"]),
+    )
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _integer(value: object) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _deferral(deferral: Deferral) -> dict[str, object]:
+    work = deferral.work
+    return {
+        "campaign_id": work.campaign_id,
+        "reason": deferral.reason,
+        "delay_s": deferral.delay_s,
+        "tries": deferral.tries,
+        "first_written": work.first_written,
+        "trigger": work.trigger,
+        "hint": work.hint and work.hint.to_json(),
+        "seen": work.seen and {"last_synced_at": work.seen.last_synced_at, "drift": work.seen.drift},
+        "requests": [request.to_json() for request in work.requests],
+    }
+
+
+def _work(row: asyncpg.Record) -> Work:
+    seen = row["seen"]
+    return Work(
+        row["campaign_id"],
+        Trigger(row["trigger"]),
+        hint=row["hint"] and Cause.from_json(row["hint"]),
+        requests=tuple(SyncRequest.from_json(request) for request in row["requests"]),
+        seen=seen
+        and Seen(seen["last_synced_at"] and datetime.fromisoformat(seen["last_synced_at"]), drift=seen["drift"]),
+        reason=row["reason"],
+        tries=row["tries"],
+        first_written=row["first_written"],
+    )

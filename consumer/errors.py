@@ -1,0 +1,47 @@
+"""Everything this service raises on purpose.
+
+ServiceError
+  ConfigError     wrong setting, missing table or topic; only at start; all problems listed at once; exit code 2
+  InvalidEvent    bytes that can never be read: dead letter, count, go on
+  Unavailable     an outage (design, section 6): keep everything, back off with jitter, `degraded`
+  OwnershipLost   partitions taken away, or a refused commit: drop the work, its new owner repeats it
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from schemas.events import DeadLetterReason
+
+
+class ServiceError(Exception):
+    """Any of the below."""
+
+
+class ConfigError(ServiceError):
+    """Something must be put right by a person before the service can start. `problems`: one sentence each, with its fix."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class InvalidEvent(ServiceError):
+    """Bytes that can never be read. The message names JSON path, expectation and fix, never a value."""
+
+    def __init__(self, reason: DeadLetterReason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class Unavailable(ServiceError):
+    """A dependency is away, full, read-only or not as it should be. Nothing was lost; try again later."""
+
+    def __init__(self, dependency: Literal["database", "kafka", "relay"], detail: str) -> None:
+        super().__init__(f"{dependency}: {detail}")
+        self.dependency = dependency
+        self.detail = detail
+
+
+class OwnershipLost(ServiceError):
+    """The partitions belong to somebody else now."""

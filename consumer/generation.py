@@ -1,0 +1,94 @@
+"""What was collected while the database was busy: dirty campaigns, sync requests, dead letters and offsets together."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Final
+from uuid import UUID
+
+from consumer.envelope import Cause, DeadLetter, Record, StatusHint, SyncRequest
+from schemas.events import Trigger
+
+CHUNK_CAMPAIGNS: Final = 1_000  # one transaction; larger gains nothing and holds locks longer (design, section 6)
+
+Partition = tuple[str, int]
+"""Topic and partition number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the sweep saw of a campaign: its `last_synced_at` and whether the stored numbers were wrong."""
+
+    last_synced_at: datetime | None
+    drift: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One campaign to recount, and everybody who wants to know. `hint`: ids of the last status hint.
+
+    The last four fields tell the story of a deferred one: the reason it was deferred for last, how often in a row,
+    when its oldest row was first written, and what the sweep saw.
+    """
+
+    campaign_id: UUID
+    trigger: Trigger
+    hint: Cause | None = None
+    requests: tuple[SyncRequest, ...] = ()
+    seen: Seen | None = None
+    reason: str | None = None
+    tries: int = 0
+    first_written: datetime | None = None
+
+
+@dataclass(slots=True)
+class Generation:
+    """Filled by the fetch loop, then handed over whole to the flush owner, which alone reads it from then on.
+
+    `offsets` are the next offsets to read; they may be committed once everything else in here is done.
+    """
+
+    hints: dict[UUID, Cause] = field(default_factory=dict)
+    requests: dict[UUID, dict[tuple[str, str], SyncRequest]] = field(default_factory=dict)
+    dead_letters: list[tuple[Record, DeadLetter]] = field(default_factory=list)
+    offsets: dict[Partition, int] = field(default_factory=dict)
+    records: int = 0
+
+    def add_hint(self, hint: StatusHint) -> None:
+        """A campaign is dirty; a later hint replaces an earlier one."""
+        self.hints[hint.campaign_id] = hint.cause
+
+    def add_request(self, request: SyncRequest) -> None:
+        """A sync request; the same event twice is one request."""
+        self.requests.setdefault(request.campaign_id, {})[request.source, request.cause.id] = request
+
+    def add_dead_letter(self, record: Record, letter: DeadLetter) -> None:
+        """A record that can never be read."""
+        self.dead_letters.append((record, letter))
+
+    def read_up_to(self, partition: Partition, next_offset: int, records: int) -> None:
+        """`records` more were collected from `partition`; reading goes on at `next_offset`."""
+        self.offsets[partition] = next_offset
+        self.records += records
+
+    def works(self) -> Iterator[Work]:
+        """Every dirty campaign once, those with sync requests first."""
+        for campaign_id, requests in self.requests.items():
+            yield Work(
+                campaign_id,
+                Trigger.SYNC_REQUESTED,
+                hint=self.hints.get(campaign_id),
+                requests=tuple(requests.values()),
+            )
+        for campaign_id, cause in self.hints.items():
+            if campaign_id not in self.requests:
+                yield Work(campaign_id, Trigger.STATUS_CHANGED, hint=cause)
+
+    @property
+    def campaigns(self) -> int:
+        """How many campaigns are dirty."""
+        return len(self.hints) + sum(campaign_id not in self.hints for campaign_id in self.requests)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to flush or to commit."""
+        return bool(self.offsets)

@@ -1,0 +1,186 @@
+"""Numbered SQL, forward only: brings a database to the version this code needs.
+
+A file runs in one transaction, together with its row in `campaign_stats.migrations`; one whose first line says
+`-- concurrently: INDEX` builds an index on a product's table outside a transaction, so that writers go on, and drops an
+invalid leftover of an interrupted build first. A file is never edited once it was released: its checksum is kept.
+"""
+
+import asyncio
+import hashlib
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import Final
+
+import asyncpg
+
+from consumer.errors import ConfigError, Unavailable
+
+LOCK_KEY: Final = 0x63616D7073746174  # "campstat": any number that nobody else uses for an advisory lock here
+LOCK_POLL_S: Final = 0.1
+LOCK_DEADLINE_S: Final = 600.0  # building an index on 100 million rows takes minutes
+CONCURRENTLY: Final = re.compile(r"-- concurrently: (\w+)\n")
+
+PRODUCT_COLUMNS: Final[dict[str, tuple[str, ...]]] = {
+    "campaigns": (
+        "id", "user_id", "type", "name", "status", "daily_limit", "stop_on_reply", "open_tracking", "signature",
+        "skip_other_campaigns", "operating_hours", "stats", "last_synced_at", "pause_reason", "created_at",
+        "updated_at",
+    ),
+    "campaign_prospects": ("id", "campaign_id", "status", "contacted_at"),
+    "accounts": ("id", "type", "email_address", "display_name", "status", "daily_limit"),
+    "campaign_sender_accounts": ("campaign_id", "account_id"),
+}  # fmt: skip
+"""What we read or write of the product's tables, all in schema `public`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One file: `number` and `name` from its file name, `checksum` = SHA-256 hex of its bytes."""
+
+    number: int
+    name: str
+    sql: str
+    checksum: str
+
+
+def released() -> list[Migration]:
+    """The migrations of this code, in order."""
+    found = [
+        Migration(int(file.name[:4]), file.name, file.read_text("utf-8"), hashlib.sha256(file.read_bytes()).hexdigest())
+        for file in resources.files(__name__).iterdir()
+        if re.fullmatch(r"\d{4}_\w+\.sql", file.name)
+    ]
+    return sorted(found, key=lambda migration: migration.number)
+
+
+async def migrate(database_url: str, *, reference_schema: bool = False) -> list[str]:
+    """Apply what is missing and return the names of the files applied; several processes at once are safe.
+
+    `reference_schema` first creates the product's tables and functions where they do not exist yet.
+    Raises ConfigError for a changed file, a database newer than this code, missing tables or columns, missing rights;
+    Unavailable when the database is away or another process holds the migration lock for longer than ten minutes.
+    """
+    try:
+        connection = await asyncpg.connect(
+            database_url, server_settings={"application_name": "campaign-stats migrate", "lock_timeout": "10s"}
+        )
+    except (OSError, asyncpg.PostgresConnectionError, asyncpg.CannotConnectNowError, TimeoutError) as error:
+        raise Unavailable("database", f"cannot connect: {type(error).__name__}") from error
+    try:
+        async with _alone(connection):
+            if reference_schema:
+                reference = resources.files(__name__) / "reference" / "0001_product_tables.sql"
+                async with connection.transaction():
+                    await connection.execute(reference.read_text("utf-8"))
+            return await _apply(connection)
+    except asyncpg.LockNotAvailableError as error:
+        raise Unavailable("database", "a long transaction holds a product table; nothing was changed, try again") from error
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise ConfigError([f"the role may not migrate: {error}; run `migrate` as the owner of the tables"]) from error
+    finally:
+        await connection.close()
+
+
+async def missing_columns(connection: asyncpg.Connection) -> list[str]:
+    """One sentence per product table or column that is not there, each with what to do."""
+    rows = await connection.fetch(
+        """SELECT c.relname AS name, array_agg(a.attname) AS columns
+             FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+            WHERE c.relnamespace = 'public'::regnamespace AND c.relname = ANY ($1) GROUP BY c.relname""",
+        list(PRODUCT_COLUMNS),
+    )
+    present = {row["name"]: set(row["columns"]) for row in rows}
+    problems = []
+    for table, columns in PRODUCT_COLUMNS.items():
+        if table not in present:
+            problems.append(f"table public.{table} is missing: create it, or use `migrate --reference-schema` for a trial")
+        elif absent := [column for column in columns if column not in present[table]]:
+            problems.append(f"table public.{table} lacks {', '.join(absent)}: add the column(s) to the product's schema")
+    return problems
+
+
+async def pending(connection: asyncpg.Connection) -> list[str]:
+    """Names of the migrations that the database still lacks, in order; all of them when it has none.
+
+    Raises ConfigError when an applied file was changed since or when the database is newer than this code.
+    """
+    if await connection.fetchval("SELECT to_regclass('campaign_stats.migrations') IS NULL"):
+        return [migration.name for migration in released()]
+    known = {migration.number: migration for migration in released()}
+    problems = []
+    done = set()
+    for row in await connection.fetch("SELECT number, name, checksum FROM campaign_stats.migrations ORDER BY number"):
+        migration = known.get(row["number"])
+        if migration is None:
+            problems.append(f"the database is newer than this code (it has {row['name']}): install a newer campaign-stats")
+        elif migration.checksum != row["checksum"]:
+            problems.append(
+                f"migration {migration.name} was changed after it was applied: restore the file and put the change into"
+                " a new one"
+            )
+        done.add(row["number"])
+    if problems:
+        raise ConfigError(problems)
+    return [migration.name for migration in released() if migration.number not in done]
+
+
+@asynccontextmanager
+async def _alone(connection: asyncpg.Connection) -> AsyncIterator[None]:
+    # Polled: a session that waits inside pg_advisory_lock holds a snapshot, and CREATE INDEX CONCURRENTLY waits for it.
+    deadline = asyncio.get_running_loop().time() + LOCK_DEADLINE_S
+    while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK_KEY):
+        if asyncio.get_running_loop().time() > deadline:
+            raise Unavailable("database", "another process has been migrating for ten minutes")
+        await asyncio.sleep(LOCK_POLL_S)
+    try:
+        yield
+    finally:
+        if not connection.is_closed():
+            await connection.execute("SELECT pg_advisory_unlock($1)", LOCK_KEY)
+
+
+async def _apply(connection: asyncpg.Connection) -> list[str]:
+    if problems := await missing_columns(connection):
+        raise ConfigError(problems)
+    await connection.execute("CREATE SCHEMA IF NOT EXISTS campaign_stats")
+    await connection.execute(
+        """CREATE TABLE IF NOT EXISTS campaign_stats.migrations (
+               number integer PRIMARY KEY, name text NOT NULL, checksum text NOT NULL,
+               applied_at timestamptz NOT NULL DEFAULT clock_timestamp())"""
+    )
+    missing = await pending(connection)
+    for migration in released():
+        if migration.name not in missing:
+            continue
+        index = CONCURRENTLY.match(migration.sql)
+        if index:
+            await connection.execute("SET lock_timeout = 0")  # waits for old transactions, but holds nobody up
+            await _drop_invalid(connection, index.group(1))
+            await connection.execute(migration.sql)
+            await connection.execute("RESET lock_timeout")
+            await _record(connection, migration)
+        else:
+            async with connection.transaction():
+                await connection.execute(migration.sql)
+                await _record(connection, migration)
+    return missing
+
+
+async def _record(connection: asyncpg.Connection, migration: Migration) -> None:
+    await connection.execute(
+        "INSERT INTO campaign_stats.migrations (number, name, checksum) VALUES ($1, $2, $3)",
+        migration.number,
+        migration.name,
+        migration.checksum,
+    )
+
+
+async def _drop_invalid(connection: asyncpg.Connection, index: str) -> None:
+    invalid = await connection.fetchval(
+        "SELECT 1 FROM pg_index WHERE indexrelid = to_regclass('public.' || $1) AND NOT indisvalid", index
+    )
+    if invalid:
+        await connection.execute(f'DROP INDEX CONCURRENTLY public."{index}"')

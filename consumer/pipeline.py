@@ -1,0 +1,278 @@
+"""From Kafka to the database: poll, decode, collect a generation; flush it; commit its offsets.
+
+Fetching and flushing run at once. While the database works on one generation the next one collects, so an idle service
+answers at once and a backlog makes large batches.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Final, Protocol
+
+import structlog
+
+from consumer import recount
+from consumer.envelope import DeadLetter, Ignored, Record, StatusHint, SyncRequest, decode
+from consumer.errors import OwnershipLost, ServiceError
+from consumer.generation import CHUNK_CAMPAIGNS, Generation, Partition, Work
+from consumer.health import Health
+from consumer.metrics import Metrics
+from consumer.outcome import Deferral, Outcome
+from consumer.recount import Rules, recount_campaigns, tally
+
+COLLECT_AT_MOST: Final = 200_000  # records; about 100 MB when every campaign is another one
+DECODE_AT_ONCE: Final = 200  # validated together; larger lists drive the garbage collector (measured)
+
+log = structlog.get_logger(__name__)
+
+
+class Batch(Protocol):
+    """What one poll brought from one partition."""
+
+    @property
+    def partition(self) -> Partition: ...
+    @property
+    def records(self) -> Sequence[Record]: ...
+    @property
+    def next_offset(self) -> int: ...
+
+
+class Passed(Protocol):
+    """Records that the client could not hand out, first to last offset inclusive."""
+
+    @property
+    def partition(self) -> Partition: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def last(self) -> int: ...
+    @property
+    def error(self) -> str: ...
+    @property
+    def too_large(self) -> bool: ...
+
+
+class Source(Protocol):
+    """Our membership in the consumer group."""
+
+    async def poll(self) -> tuple[Sequence[Batch], Sequence[Passed]]: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    async def commit(self, offsets: Mapping[Partition, int]) -> None: ...
+
+
+class Store(Protocol):
+    """Where recounts happen."""
+
+    def transaction(self) -> AbstractAsyncContextManager[recount.Transaction]: ...
+
+
+class DeadLetters(Protocol):
+    """Writes to the dead-letter topic; returns when all were acknowledged. Raises Unavailable."""
+
+    async def records(self, letters: Sequence[tuple[Record, DeadLetter]]) -> None: ...
+    async def stubs(self, passed: Sequence[Passed]) -> None: ...
+
+
+class Wake(Protocol):
+    """Tells another engine that there is something to do."""
+
+    def __call__(self) -> None: ...
+
+
+class Pipeline:
+    """One per process. `fetch` and `flush_for_ever` are its two tasks; revocation and shutdown call `let_go`."""
+
+    def __init__(
+        self,
+        source: Source,
+        store: Store,
+        dead_letters: DeadLetters,
+        rules: Rules,
+        metrics: Metrics,
+        health: Health,
+        *,
+        wake_relay: Wake,
+        wake_deferred: Wake,
+    ) -> None:
+        self._source = source
+        self._store = store
+        self._dead_letters = dead_letters
+        self._rules = rules
+        self._metrics = metrics
+        self._health = health
+        self._wake_relay = wake_relay
+        self._wake_deferred = wake_deferred
+        self._collecting = Generation()
+        self._passed: list[Passed] = []
+        self._oldest: float | None = None
+        self._full = False
+        self._filled = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._epoch = 0
+        self.assigned: frozenset[Partition] = frozenset()
+        self.committed: dict[Partition, int] = {}
+
+    async def fetch(self) -> None:
+        """Poll for ever and collect what comes. The only task that touches the generation being collected."""
+        while True:
+            batches, passed = await self._health.persist("fetch", self._source.poll)
+            self._health.polled()
+            self._passed.extend(passed)
+            for batch in batches:
+                self._collect(batch)
+            if self._collecting or self._passed:
+                self._filled.set()
+            if not self._full and self._collecting.records >= COLLECT_AT_MOST:
+                self._full = True
+                self._source.pause()
+            self._metrics.collecting.set(self._collecting.records)
+            self._metrics.fetch_paused.set(self._full)
+            if self._full:
+                await asyncio.sleep(0)  # polling goes on, so that the group keeps us
+
+    def _collect(self, batch: Batch) -> None:
+        generation = self._collecting
+        kinds = dict.fromkeys(("status_hint", "sync_request", "newer_version", "tombstone", "dead_letter"), 0)
+        for begin in range(0, len(batch.records), DECODE_AT_ONCE):
+            records = batch.records[begin : begin + DECODE_AT_ONCE]
+            for record, event in zip(records, decode(records), strict=True):
+                match event:
+                    case StatusHint():
+                        generation.add_hint(event)
+                        kinds["newer_version" if event.newer else "status_hint"] += 1
+                    case SyncRequest():
+                        generation.add_request(event)
+                        kinds["sync_request"] += 1
+                    case DeadLetter():
+                        generation.add_dead_letter(record, event)
+                        kinds["dead_letter"] += 1
+                    case Ignored():
+                        kinds["tombstone"] += 1
+        if batch.records:
+            sent_at = batch.records[0].timestamp / 1000
+            self._oldest = sent_at if self._oldest is None else min(self._oldest, sent_at)
+        generation.read_up_to(batch.partition, batch.next_offset, len(batch.records))
+        for kind, count in kinds.items():
+            if count:
+                self._metrics.records.labels(kind).inc(count)
+
+    async def flush_for_ever(self) -> None:
+        """Take what was collected, make it true, commit; strictly one generation after the other."""
+        while True:
+            await self._filled.wait()
+            self._filled.clear()
+            generation, self._collecting = self._collecting, Generation()
+            passed, self._passed = self._passed, []
+            oldest, self._oldest = self._oldest, None
+            if self._full:
+                self._full = False
+                self._source.resume()
+            if not generation and not passed:
+                continue
+            self._idle.clear()
+            try:
+                await self._flush(generation, passed, oldest, self._epoch)
+            except OwnershipLost as lost:
+                self._metrics.commits_refused.inc()
+                log.info("generation dropped, its new owner repeats it", why=str(lost), records=generation.records)
+            finally:
+                self._idle.set()
+
+    async def _flush(
+        self, generation: Generation, passed: Sequence[Passed], oldest: float | None, epoch: int
+    ) -> None:
+        """Make everything in `generation` true in the database, then commit its offsets."""
+        begun = time.monotonic()
+        if generation.dead_letters or passed:
+            await self._health.persist("dead letters", lambda: self._bury(generation, passed, epoch))
+        waiting = deque(generation.works())
+        while waiting:
+            works = [waiting.popleft() for _ in range(min(CHUNK_CAMPAIGNS, len(waiting)))]
+            outcome = await self._health.persist("pipeline", lambda works=works: self._chunk(works, epoch))  # type: ignore[misc]
+            waiting.extendleft(reversed(outcome.later))
+        if oldest is not None and generation.campaigns:
+            self._metrics.freshness.observe(max(0.0, time.time() - oldest))
+        await self._health.persist("commit", lambda: self._commit(generation, epoch))
+        self._health.progressed()
+        seconds = time.monotonic() - begun
+        self._metrics.generations.inc()
+        self._metrics.generation_records.observe(generation.records)
+        self._metrics.generation_campaigns.observe(generation.campaigns)
+        self._metrics.generation_seconds.observe(seconds)
+        log.info(
+            "generation flushed",
+            records=generation.records,
+            campaigns=generation.campaigns,
+            dead_letters=len(generation.dead_letters),
+            seconds=round(seconds, 4),
+        )
+
+    async def _chunk(self, works: Sequence[Work], epoch: int) -> Outcome:
+        self._still_ours(epoch)
+        begun = time.monotonic()
+        try:
+            async with self._store.transaction() as db:
+                outcome = await recount_campaigns(db, works, "chunk", self._rules)
+        except ServiceError:
+            raise
+        except Exception:
+            # One of these campaigns cannot be recounted; one per transaction, the others succeed at once.
+            log.exception("chunk failed, its campaigns are deferred one by one", campaigns=len(works))
+            self._metrics.chunks_failed.inc()
+            outcome = Outcome(deferrals=[Deferral(work, "alone", 0.0) for work in works])
+            async with self._store.transaction() as db:
+                await db.save(outcome)
+        tally(self._metrics, outcome, "chunk", time.monotonic() - begun)
+        self._health.progressed()
+        self._wake_relay()
+        if outcome.deferrals:
+            self._wake_deferred()
+        return outcome
+
+    async def _bury(self, generation: Generation, passed: Sequence[Passed], epoch: int) -> None:
+        self._still_ours(epoch)
+        await self._dead_letters.stubs(passed)
+        await self._dead_letters.records(generation.dead_letters)
+        for _, letter in generation.dead_letters:
+            self._metrics.dead_letters.labels(letter.reason).inc()
+        for stub in passed:
+            self._metrics.dead_letters.labels("too_large" if stub.too_large else "unreadable").inc()
+
+    async def _commit(self, generation: Generation, epoch: int) -> None:
+        self._still_ours(epoch)
+        if generation.offsets:
+            await self._source.commit(generation.offsets)
+            self.committed.update(generation.offsets)
+
+    def _still_ours(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            raise OwnershipLost("the partitions were taken away")
+
+    async def let_go(self) -> None:
+        """Partitions are taken away or the process stops: drop what was not begun and wait for the running chunk.
+
+        Waits without a limit of its own; the caller has one deadline for everything.
+        """
+        self._epoch += 1
+        self._collecting = Generation()
+        self._passed = []
+        self._oldest = None
+        self._full = False
+        self.assigned = frozenset()
+        self.committed = {}
+        await self._idle.wait()
+
+    def take_over(self, partitions: Sequence[Partition]) -> None:
+        """These partitions are ours now, and nothing of the time before is left."""
+        self._collecting = Generation()
+        self._passed = []
+        self._full = False
+        self.assigned = frozenset(partitions)
+        self._metrics.assigned_partitions.set(len(partitions))
+        self._metrics.rebalances.inc()
+        self._health.joined = True
+        self._health.polled()

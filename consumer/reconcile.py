@@ -1,0 +1,171 @@
+"""The sweep: finds what differs from the truth, or from what was published, and defers it. Changes nothing itself."""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from datetime import datetime
+from typing import Final, Protocol
+from uuid import UUID
+
+import structlog
+
+from consumer.generation import Seen, Work
+from consumer.guard import Limits, Mode, Override, Resolved, Verdict, Window, applies, is_candidate, judge, resolve
+from consumer.health import Health
+from consumer.metrics import Metrics
+from consumer.outcome import Deferral, Outcome
+from schemas.events import Trigger
+
+PAGE_CAMPAIGNS: Final = 500
+IDLE_S: Final = 1.0  # how often a replica asks whether a lap is due
+RETENTION_EVERY_S: Final = 3_600.0
+
+log = structlog.get_logger(__name__)
+
+
+class Compared(Protocol):
+    """A campaign as the sweep sees it, unlocked."""
+
+    @property
+    def campaign_id(self) -> UUID: ...
+    @property
+    def type(self) -> str: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def last_synced_at(self) -> datetime | None: ...
+    @property
+    def counts(self) -> Mapping[str, int]: ...
+    @property
+    def drift(self) -> Mapping[str, int]: ...
+    @property
+    def differs(self) -> bool: ...
+    @property
+    def waiting(self) -> bool: ...
+    @property
+    def guard_paused_at(self) -> datetime | None: ...
+    @property
+    def user_limits(self) -> Override | None: ...
+    @property
+    def campaign_limits(self) -> Override | None: ...
+
+
+class WindowRead(Protocol):
+    """The guard's window of one candidate."""
+
+    @property
+    def window(self) -> Window: ...
+
+
+class Transaction(Protocol):
+    """What the sweep does inside one transaction."""
+
+    async def sweep_turn(self) -> tuple[UUID | None, datetime | None] | None: ...
+    async def sweep_page(self, after: UUID | None, campaigns: int) -> Sequence[Compared]: ...
+    async def sweep_advance(self, after: UUID | None, interval_s: float) -> None: ...
+    async def windows(self, candidates: Sequence[tuple[UUID, int, datetime | None]]) -> Mapping[UUID, WindowRead]: ...
+    async def save(self, outcome: Outcome) -> None: ...
+
+
+class Store(Protocol):
+    """Where the campaigns are."""
+
+    def transaction(self) -> AbstractAsyncContextManager[Transaction]: ...
+    async def forget(self, days: int) -> int: ...
+
+
+class Sweep:
+    """All campaigns, every status, page by page; one replica at a time holds the cursor's row."""
+
+    def __init__(
+        self,
+        store: Store,
+        limits: Limits,
+        metrics: Metrics,
+        health: Health,
+        *,
+        interval_s: float,
+        grace_s: float,
+        retention_days: int,
+    ) -> None:
+        self._store = store
+        self._limits = limits
+        self._metrics = metrics
+        self._health = health
+        self._interval_s = interval_s
+        self._grace_s = grace_s
+        self._retention_days = retention_days
+        self._forgot_at: float | None = None
+
+    async def run(self) -> None:
+        """Lap after lap, until the process stops."""
+        while not self._health.stopping:
+            if not await self._health.persist("sweep", self.page):
+                await self._health.persist("sweep", self._forget)
+                await asyncio.sleep(min(IDLE_S, self._interval_s))
+
+    async def page(self) -> bool:
+        """Compare one page; False when none is due or another replica sweeps."""
+        begun = time.monotonic()
+        async with self._store.transaction() as db:
+            turn = await db.sweep_turn()
+            if turn is None:
+                return False
+            compared = await db.sweep_page(turn[0], PAGE_CAMPAIGNS)
+            outcome = Outcome()
+            would_pause = await self._would_pause(db, compared)
+            for campaign in compared:
+                if not campaign.waiting and (campaign.differs or campaign.campaign_id in would_pause):
+                    outcome.deferrals.append(self._deferral(campaign))
+            await db.save(outcome)
+            is_last = len(compared) < PAGE_CAMPAIGNS
+            await db.sweep_advance(None if is_last else compared[-1].campaign_id, self._interval_s)
+        self._metrics.sweep_pages.inc()
+        self._metrics.sweep_seconds.observe(time.monotonic() - begun)
+        self._metrics.sweep_deferred.inc(len(outcome.deferrals))
+        self._metrics.deferred.labels("sweep").inc(len(outcome.deferrals))
+        if is_last:
+            self._metrics.sweep_laps.inc()
+        if outcome.deferrals:
+            log.info("sweep found differences", campaigns=len(outcome.deferrals), of=len(compared))
+        return True
+
+    def _deferral(self, campaign: Compared) -> Deferral:
+        seen = Seen(campaign.last_synced_at, drift=bool(campaign.drift))
+        return Deferral(Work(campaign.campaign_id, Trigger.RECONCILIATION, seen=seen), "sweep", self._grace_s)
+
+    async def _would_pause(self, db: Transaction, compared: Sequence[Compared]) -> set[UUID]:
+        """Active email campaigns that the guard would pause now: after an error, a lowered threshold, a new mode."""
+        candidates: dict[UUID, tuple[Compared, Resolved]] = {}
+        for campaign in compared:
+            resolved = resolve(self._limits, campaign.user_limits, campaign.campaign_limits)
+            if (
+                resolved.limits.mode is Mode.ENFORCE
+                and applies(campaign.type, campaign.status, resolved.limits.mode) is None
+                and is_candidate(
+                    campaign.counts, resolved.limits, paused_before=campaign.guard_paused_at is not None
+                )
+            ):
+                candidates[campaign.campaign_id] = (campaign, resolved)
+        if not candidates:
+            return set()
+        windows = await db.windows(
+            [
+                (campaign_id, resolved.limits.window, campaign.guard_paused_at)
+                for campaign_id, (campaign, resolved) in candidates.items()
+            ]
+        )
+        return {
+            campaign_id
+            for campaign_id, (campaign, resolved) in candidates.items()
+            if judge(campaign.type, campaign.status, resolved.limits, windows[campaign_id].window) is Verdict.TRIP
+        }
+
+    async def _forget(self) -> None:
+        if self._forgot_at is not None and time.monotonic() - self._forgot_at < RETENTION_EVERY_S:
+            return
+        gone = await self._store.forget(self._retention_days)
+        self._forgot_at = time.monotonic()
+        if gone:
+            log.info("retention applied", rows=gone)

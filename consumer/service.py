@@ -1,0 +1,324 @@
+"""The composition root: builds everything, starts and stops it in order, and notices when it stands still."""
+
+import asyncio
+import gc
+import io
+import signal
+import sys
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Final
+from uuid import UUID
+
+import asyncpg
+import structlog
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+
+from consumer import broker, migrations
+from consumer.broker import Outgoing, Publisher, Source
+from consumer.database import Database
+from consumer.deadletters import DeadLetters
+from consumer.deferred import DeferredWorker
+from consumer.envelope import CONTENT_TYPE
+from consumer.errors import ConfigError, Unavailable
+from consumer.generation import Partition
+from consumer.health import Health
+from consumer.metrics import Metrics
+from consumer.pipeline import Pipeline
+from consumer.reconcile import Sweep
+from consumer.recount import Rules
+from consumer.relay import Relay
+from consumer.settings import Settings
+from consumer.web import OperatorsDoor
+from schemas.topics import Topics
+
+SAMPLE_S: Final = 2.0  # gauges that need a question to a server
+WATCHDOG_S: Final = 60.0  # design, section 6
+CAUGHT_UP_POLL_S: Final = 0.1
+
+log = structlog.get_logger(__name__)
+
+
+def kafka_connection(settings: Settings) -> broker.Connection:
+    """How to reach the brokers with these settings. Raises ConfigError for TLS files that cannot be used."""
+    security: dict[str, object] = {"security_protocol": settings.kafka_security_protocol}
+    if settings.kafka_security_protocol.endswith("SSL"):
+        try:
+            security["ssl_context"] = broker.tls_context(
+                settings.kafka_ssl_cafile and str(settings.kafka_ssl_cafile),
+                settings.kafka_ssl_certfile and str(settings.kafka_ssl_certfile),
+                settings.kafka_ssl_keyfile and str(settings.kafka_ssl_keyfile),
+            )
+        except OSError as error:
+            raise ConfigError([f"CAMPAIGN_STATS_KAFKA_SSL_*: {error.strerror or 'unusable file'}; check the files"]) from error
+    if settings.kafka_sasl_mechanism is not None:
+        security["sasl_mechanism"] = settings.kafka_sasl_mechanism
+        security["sasl_plain_username"] = settings.kafka_sasl_username
+        if settings.kafka_sasl_password is not None:
+            security["sasl_plain_password"] = settings.kafka_sasl_password.get_secret_value()
+    return broker.Connection(settings.kafka_bootstrap_servers, security)
+
+
+class Service:
+    """One process of the service."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._topics = Topics(settings.topic_prefix)
+        connection = kafka_connection(settings)
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+        self._metrics = Metrics(registry)
+        self._health = Health()
+        self._database = Database(settings.database_url.get_secret_value())
+        self._source = Source(
+            connection, self._topics.read, settings.group, fetch_max_wait_ms=settings.fetch_max_wait_ms
+        )
+        self._events = Publisher(connection, idempotence=settings.producer_idempotence)
+        self._letters = Publisher(connection, idempotence=settings.producer_idempotence)
+        rules = Rules(settings.limits)
+        self._relay = Relay(self._database, self._publish, self._metrics, self._health)
+        self._deferred = DeferredWorker(
+            self._database, rules, self._metrics, self._health, wake_relay=self._relay.wake
+        )
+        self._pipeline = Pipeline(
+            self._source,
+            self._database,
+            DeadLetters(self._bury),
+            rules,
+            self._metrics,
+            self._health,
+            wake_relay=self._relay.wake,
+            wake_deferred=self._deferred.wake,
+        )
+        self._sweep = Sweep(
+            self._database,
+            settings.limits,
+            self._metrics,
+            self._health,
+            interval_s=settings.sweep_interval_s,
+            grace_s=settings.drift_grace_s,
+            retention_days=settings.retention_days,
+        )
+        self._door = OperatorsDoor(settings.http_host, settings.http_port, self._health, registry)
+        self._stop = asyncio.Event()
+        self._ends: dict[Partition, int] = {}
+
+    async def run(self, *, until_caught_up: bool = False) -> int:
+        """Serve until SIGTERM or SIGINT (or until caught up); returns the exit code, 0, 1 or 3.
+
+        Raises ConfigError when something is missing that a person must put right.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        try:
+            await self._door.open()
+        except OSError as error:
+            raise ConfigError(
+                [f"CAMPAIGN_STATS_HTTP_PORT: cannot listen on {self._settings.http_host}:{self._settings.http_port}"
+                 f" ({error.strerror}); choose another port"]
+            ) from error
+        tasks: list[asyncio.Task[None]] = []
+        stopped = asyncio.create_task(self._stop.wait(), name="stop")
+        try:
+            starting = asyncio.create_task(self._start(), name="start")
+            await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                starting.cancel()
+                await asyncio.wait([starting])
+                return 0
+            starting.result()
+            jobs: list[Coroutine[None, None, None]] = [
+                self._pipeline.fetch(),
+                self._pipeline.flush_for_ever(),
+                self._relay.run(),
+                self._deferred.run(),
+                self._sample(),
+                self._watch(),
+            ]
+            if self._settings.sweep_interval_s:
+                jobs.append(self._sweep.run())
+            tasks = [asyncio.create_task(job, name=job.__qualname__) for job in jobs]
+            if until_caught_up:
+                tasks.append(asyncio.create_task(self._until_caught_up(), name="until caught up"))
+            gc.collect()
+            gc.freeze()  # with the thresholds: 1.4x the decode rate (measured)
+            gc.set_threshold(50_000, 20, 20)
+            await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()  # an engine ends only by a bug or, when caught up, on purpose
+            return await self._finish(tasks)
+        finally:
+            self._health.stopping = True
+            for task in [*tasks, stopped]:
+                task.cancel()
+            await asyncio.gather(*tasks, stopped, return_exceptions=True)
+            await self._database.close(1.0)
+            await self._door.close()
+
+    async def _start(self) -> None:
+        await self._health.persist("start", self._database.open)
+        await self._health.persist("start", self._check_database)
+        await self._health.persist("start", self._check_topics)
+        await self._health.persist("start", lambda: self._source.start(self._revoked, self._pipeline.take_over))
+        self._health.started = True
+        log.info("started", group=self._settings.group, topics=self._topics.read)
+
+    async def _check_database(self) -> None:
+        try:
+            await self._database.check_writable()
+        except Unavailable as error:
+            cause = error.__cause__
+            if isinstance(cause, asyncpg.PostgresError) and (cause.sqlstate or "")[:2] in ("28", "3D"):
+                raise ConfigError([f"DATABASE_URL: the server refuses it ({cause.sqlstate}); check user and database"]) from error
+            raise
+        async with self._database.connection() as connection:
+            problems = await migrations.missing_columns(connection)
+            if missing := await migrations.pending(connection):
+                problems.append(f"the database lacks migrations {', '.join(missing)}: run `campaign-stats migrate`")
+        if problems:
+            raise ConfigError(problems)
+
+    async def _check_topics(self) -> None:
+        missing = await self._events.check(self._topics.all)
+        if missing:
+            raise ConfigError(
+                [f"topic {topic} is missing: run `campaign-stats topics --create` or create it" for topic in missing]
+            )
+
+    async def _finish(self, tasks: Sequence[asyncio.Task[None]]) -> int:
+        """Stop under one deadline: finish the running chunk and turn, drop the rest; 3 when that took too long."""
+        begun = time.monotonic()
+        deadline_s = self._settings.shutdown_deadline_s
+        log.info("stopping", deadline_s=deadline_s)
+        self._health.stopping = True
+        self._relay.wake()
+        self._deferred.wake()
+        undone: list[str] = []
+        finishing = {task for task in tasks if task.get_name() in ("Relay.run", "DeferredWorker.run")}
+        finishing.add(asyncio.create_task(self._pipeline.let_go(), name="flush"))
+        done, pending = await asyncio.wait(finishing, timeout=deadline_s)
+        undone.extend(sorted(task.get_name() for task in pending))
+        for task in tasks:
+            task.cancel()
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*tasks, *done, *pending, return_exceptions=True)
+        left_s = max(0.5, deadline_s - (time.monotonic() - begun))
+        await asyncio.gather(
+            self._source.stop(left_s), self._events.close(left_s), self._letters.close(left_s)
+        )
+        log.info("stopped", seconds=round(time.monotonic() - begun, 3), undone=undone)
+        return 3 if undone else 0
+
+    async def _revoked(self) -> None:
+        for topic, partition in self._pipeline.assigned:
+            self._metrics.lag.remove(topic, str(partition))
+        self._ends.clear()
+        try:
+            async with asyncio.timeout(self._settings.shutdown_deadline_s):
+                await self._pipeline.let_go()
+        except TimeoutError:
+            log.warning("partitions given up before their chunk was finished; their new owner repeats it")
+
+    async def _publish(self, rows: Sequence[tuple[str, UUID, bytes]], *, alone: bool) -> Sequence[broker.Sent]:
+        return await self._events.publish(
+            [
+                Outgoing(self._topics.of(type_), str(campaign_id).encode(), event, CONTENT_TYPE)
+                for type_, campaign_id, event in rows
+            ],
+            alone=alone,
+        )
+
+    async def _bury(
+        self, rows: Sequence[tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes]]]], *, alone: bool
+    ) -> Sequence[broker.Sent]:
+        return await self._letters.publish(
+            [Outgoing(self._topics.dead_letters, key, value, headers) for key, value, headers in rows], alone=alone
+        )
+
+    async def _sample(self) -> None:
+        """Keep the gauges true that need a question to a server."""
+        while True:
+            for dependency in ("database", "kafka", "relay"):
+                self._metrics.degraded.labels(dependency).set(dependency in self._health.degraded)
+            self._metrics.ready.set(self._health.not_ready is None)
+            self._metrics.poll_age.set(time.monotonic() - self._health.polled_at)
+            try:
+                await self._sample_lag()
+                await self._sample_backlog()
+            except Unavailable:
+                pass  # the engines say so; gauges keep their last value
+            await asyncio.sleep(SAMPLE_S)
+
+    async def _sample_lag(self) -> None:
+        assigned = sorted(self._pipeline.assigned)
+        ends = await self._source.ends(assigned)
+        known = await self._source.committed(assigned)
+        starts = await self._source.starts([partition for partition in assigned if partition not in known])
+        for partition in assigned:
+            if partition in self._pipeline.assigned:
+                done = known.get(partition, starts.get(partition, 0))
+                self._metrics.lag.labels(partition[0], str(partition[1])).set(max(0, ends[partition] - done))
+        self._lag = sum(
+            max(0, ends[partition] - known.get(partition, starts.get(partition, 0))) for partition in assigned
+        )
+
+    async def _sample_backlog(self) -> None:
+        backlog = await self._database.backlog()
+        self._metrics.outbox_rows.set(backlog.outbox_rows)
+        self._metrics.outbox_set_aside.set(backlog.set_aside_rows)
+        self._metrics.outbox_age.set(backlog.outbox_age_s)
+        self._metrics.deferred_age.set(backlog.deferred_age_s)
+        self._metrics.failing_campaigns.set(backlog.failing_campaigns)
+        for reason in ("locked", "huge", "alone", "failing", "guard", "sweep"):
+            self._metrics.deferred_rows.labels(reason).set(backlog.deferred.get(reason, 0))
+
+    _lag: int = 0
+
+    async def _watch(self) -> None:
+        """End the process when it stands still although nothing is wrong outside; the supervisor restarts it."""
+        healthy_since = time.monotonic()
+        while True:
+            await asyncio.sleep(WATCHDOG_S / 12)
+            now = time.monotonic()
+            if self._health.degraded or not self._health.joined:
+                healthy_since = now
+            silent_s = now - max(self._health.polled_at, healthy_since)
+            stuck_s = now - max(self._health.progressed_at, healthy_since) if self._lag else 0.0
+            if not self._lag:
+                self._health.progressed()
+            if max(silent_s, stuck_s) > WATCHDOG_S:
+                stacks = io.StringIO()
+                for task in asyncio.all_tasks():
+                    task.print_stack(limit=8, file=stacks)
+                log.critical("standing still, giving up", no_poll_s=silent_s, stuck_s=stuck_s, stacks=stacks.getvalue())
+                sys.stdout.flush()
+                raise RuntimeError("watchdog: no poll or no progress for a minute")
+
+    async def _until_caught_up(self) -> None:
+        """Returns once everything that was there at the start is committed, recounted and published."""
+        while True:
+            await asyncio.sleep(CAUGHT_UP_POLL_S)
+            if await self._health.persist("caught up", self._is_read):
+                break
+        moment, last = await self._health.persist("caught up", self._database.horizon)
+        while not await self._health.persist("caught up", lambda: self._database.is_caught_up(moment, last)):
+            await asyncio.sleep(CAUGHT_UP_POLL_S)
+        log.info("caught up")
+
+    async def _is_read(self) -> bool:
+        assigned = sorted(self._pipeline.assigned)
+        if not self._health.joined:
+            return False
+        if new := [partition for partition in assigned if partition not in self._ends]:
+            self._ends.update(await self._source.ends(new))
+        known = await self._source.committed(assigned)
+        starts = await self._source.starts([partition for partition in assigned if partition not in known])
+        return all(
+            known.get(partition, starts.get(partition, 0)) >= self._ends[partition] for partition in assigned
+        )

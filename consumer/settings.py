@@ -1,0 +1,96 @@
+"""Settings: one frozen model, the only reader of the environment. All problems are listed at once."""
+
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from consumer.errors import ConfigError
+from consumer.guard import Limits, Mode
+
+PREFIX: Final = "CAMPAIGN_STATS_"
+
+Port = Annotated[int, Field(ge=0, le=65_535)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """What an operator can set. Secrets are masked wherever the model is printed; `_s` values are seconds."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True)
+
+    database_url: SecretStr = Field(validation_alias=AliasChoices("DATABASE_URL", "database_url"))
+    kafka_bootstrap_servers: str = Field(
+        min_length=1, validation_alias=AliasChoices("KAFKA_BOOTSTRAP_SERVERS", "kafka_bootstrap_servers")
+    )
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = None
+    kafka_sasl_username: str | None = None
+    kafka_sasl_password: SecretStr | None = None
+    kafka_ssl_cafile: Path | None = None
+    kafka_ssl_certfile: Path | None = None
+    kafka_ssl_keyfile: Path | None = None
+    topic_prefix: str = Field(default="", pattern=r"\A[A-Za-z0-9._-]{0,100}\z")
+    group_id: str | None = None
+    http_host: str = "127.0.0.1"
+    http_port: Port = 8080
+    guard_mode: Mode = Mode.ENFORCE
+    guard_threshold_bp: Annotated[int, Field(strict=False)] = 500
+    guard_min_sent: int = 100
+    guard_window: int = 500
+    sweep_interval_s: Seconds = 300
+    drift_grace_s: Seconds = 60
+    shutdown_deadline_s: Annotated[float, Field(gt=0, le=600)] = 8
+    retention_days: Annotated[int, Field(ge=1, le=36_500)] = 90
+    fetch_max_wait_ms: Annotated[int, Field(ge=1, le=10_000)] = 100
+    producer_idempotence: bool = True
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @property
+    def group(self) -> str:
+        """The consumer group: as set, or the default behind the topic prefix."""
+        return self.group_id or f"{self.topic_prefix}campaign-stats"
+
+    @property
+    def limits(self) -> Limits:
+        """The guard's default limits."""
+        return Limits(self.guard_mode, self.guard_threshold_bp, self.guard_min_sent, self.guard_window)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        problems = []
+        if problem := self.limits.problem():
+            problems.append(f"GUARD_*: {problem}")
+        uses_sasl = self.kafka_security_protocol.startswith("SASL")
+        if uses_sasl and self.kafka_sasl_mechanism is None:
+            problems.append("KAFKA_SASL_MECHANISM is required with a SASL protocol")
+        if self.kafka_sasl_mechanism is not None and not uses_sasl:
+            problems.append("KAFKA_SASL_MECHANISM is set, but KAFKA_SECURITY_PROTOCOL uses no SASL: use SASL_SSL")
+        if self.kafka_sasl_mechanism in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512") and not (
+            self.kafka_sasl_username and self.kafka_sasl_password
+        ):
+            problems.append("KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD are required with this mechanism")
+        if self.kafka_sasl_mechanism in ("PLAIN", "OAUTHBEARER") and self.kafka_security_protocol == "SASL_PLAINTEXT":
+            problems.append("KAFKA_SASL_MECHANISM would send the secret unencrypted: use SASL_SSL")
+        if (self.kafka_ssl_certfile is None) != (self.kafka_ssl_keyfile is None):
+            problems.append("KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE belong together: set both or none")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def read_settings(**given: object) -> Settings:
+    """The settings from the environment, `given` ones first. Raises ConfigError that lists every problem with its fix."""
+    try:
+        return Settings(**given)  # type: ignore[arg-type]  # pydantic checks them
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors(include_input=False, include_url=False):
+            name = str(problem["loc"][0]) if problem["loc"] else ""
+            message = problem["msg"].removeprefix("Value error, ")
+            variable = name if name.isupper() else f"{PREFIX}{name.upper()}" if name else "settings"
+            if problem["type"] == "missing":
+                message = "is required: set it in the environment"
+            problems.append(f"{variable}: {message}")
+        raise ConfigError(problems) from None

@@ -1,0 +1,111 @@
+"""Apache Kafka as a child process, from Maven; for tests and benchmarks. One KRaft node, or several for faults."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from consumer.demo.servers import Server, ServerFailed, free_port
+
+KAFKA_VERSION: Final = "4.3.1"
+REPOSITORY: Final = Path(__file__).parent.parent
+CLUSTER_ID: Final = "MkU3OEVBNTcwNTJENDM2Qk"
+
+LOG4J: Final = """rootLogger.level=WARN
+rootLogger.appenderRef.out.ref=OUT
+appender.out.type=Console
+appender.out.name=OUT
+appender.out.layout.type=PatternLayout
+appender.out.layout.pattern=%d %p %c{1}: %m%n
+"""
+
+
+def java_available() -> bool:
+    """Whether this machine can run Apache Kafka: Java, and Maven to fetch it."""
+    return shutil.which("java") is not None and shutil.which("mvn") is not None
+
+
+def kafka_jars() -> Path:
+    """The folder with Kafka's jars, fetched once per clone (54 MB). Raises ServerFailed when Maven cannot."""
+    cache = REPOSITORY / ".cache"
+    cache.mkdir(exist_ok=True)
+    jars = cache / f"kafka-{KAFKA_VERSION}"
+    with (cache / "kafka.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not jars.exists():
+            unfinished = cache / f"kafka-{KAFKA_VERSION}.{os.getpid()}"
+            fetched = subprocess.run(
+                ["mvn", "-q", "-B", "-f", REPOSITORY / "tests" / "kafka" / "pom.xml", "dependency:copy-dependencies",
+                 "-DincludeScope=runtime", f"-DoutputDirectory={unfinished}"],
+                capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+            if fetched.returncode != 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise ServerFailed(f"Maven could not fetch Kafka:\n{(fetched.stdout + fetched.stderr)[-2000:]}")
+            unfinished.rename(jars)
+    return jars
+
+
+class ApacheKafka(Server):
+    """One node that is broker and controller, on loopback."""
+
+    name = "kafka"
+
+    def __init__(self, directory: Path, properties: Mapping[str, str] | None = None) -> None:
+        super().__init__(directory)
+        self.port = free_port()
+        self.controller_port = free_port()
+        self.properties = dict(properties or {})
+
+    @property
+    def bootstrap(self) -> str:
+        """For KAFKA_BOOTSTRAP_SERVERS."""
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Format the storage if it is new, start, wait until it accepts connections."""
+        jars = kafka_jars()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        data = self.directory / "log"
+        settings = {
+            "process.roles": "broker,controller",
+            "node.id": "1",
+            "controller.quorum.voters": f"1@127.0.0.1:{self.controller_port}",
+            "listeners": f"PLAINTEXT://{self.bootstrap},CONTROLLER://127.0.0.1:{self.controller_port}",
+            "controller.listener.names": "CONTROLLER",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "log.dirs": str(data),
+            "offsets.topic.replication.factor": "1",
+            "offsets.topic.num.partitions": "4",
+            "transaction.state.log.replication.factor": "1",
+            "transaction.state.log.min.isr": "1",
+            "transaction.state.log.num.partitions": "4",
+            "group.initial.rebalance.delay.ms": "0",
+            "auto.create.topics.enable": "false",
+            **self.properties,
+        }
+        properties = self.directory / "server.properties"
+        properties.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+        log4j = self.directory / "log4j2.properties"
+        log4j.write_text(LOG4J)
+        java = ["java", "-Xms256m", "-Xmx512m", "-cp", f"{jars}/*", f"-Dlog4j2.configurationFile={log4j}"]
+        if not data.exists():
+            formatted = subprocess.run(
+                [*java, "kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", properties],
+                capture_output=True, text=True, check=False, cwd=self.directory, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+            if formatted.returncode != 0:
+                raise ServerFailed(f"formatting Kafka's storage failed:\n{formatted.stderr[-2000:]}")
+        self.spawn([*java, "kafka.Kafka", str(properties)])
+        self.wait_until_ready()
+
+    def is_ready(self) -> bool:
+        """Whether it accepts connections."""
+        with contextlib.closing(socket.socket()) as probe:
+            probe.settimeout(0.2)
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
