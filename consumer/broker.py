@@ -4,6 +4,7 @@ import asyncio
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import structlog
@@ -106,7 +107,7 @@ Revoked = Callable[[], Awaitable[None]]
 Assigned = Callable[[Sequence[Partition]], None]
 
 
-def tls_context(cafile: str | None, certfile: str | None, keyfile: str | None) -> ssl.SSLContext:
+def tls_context(cafile: Path | None, certfile: Path | None, keyfile: Path | None) -> ssl.SSLContext:
     """A client context that checks host names; raises OSError or ssl.SSLError for files that cannot be used."""
     context = ssl.create_default_context(cafile=cafile)
     if certfile is not None:
@@ -157,7 +158,7 @@ class Source:
     async def poll(self) -> tuple[list[Batch], list[Passed]]:
         """Wait up to half a second for records; also what had to be passed over because it cannot be handed out.
 
-        Raises Unavailable. Awaited without a time limit of ours: cancelling it would switch off the client's own checks.
+        Raises Unavailable. Awaited without a time limit: cancelling it would switch off the client's own checks.
         """
         batches: list[Batch] = []
         passed: list[Passed] = []
@@ -326,7 +327,7 @@ class Publisher:
     async def publish(self, rows: Sequence[Outgoing], *, alone: bool = False) -> list[Sent]:
         """Send all and wait; what became of each row, in order. Rows of one key arrive in the order given.
 
-        `alone` sends one after the other, so that the row at fault shows itself; it stops at the first that merely failed.
+        `alone` sends one after the other, so that the row at fault shows itself; it stops at the first that failed.
         Only a row sent alone can come back as refused. Raises Unavailable when no producer can be had.
         """
         if alone:
@@ -448,10 +449,7 @@ async def create_topics(
             existing = set(await admin.list_topics())
             missing = [topic for topic in topics if topic not in existing]
             response = await admin.create_topics(
-                [
-                    NewTopic(topic, partitions, replication, topic_configs=dict(topics[topic]))
-                    for topic in missing
-                ]
+                [NewTopic(topic, partitions, replication, topic_configs=dict(topics[topic])) for topic in missing]
             )
     except (KafkaError, OSError, TimeoutError) as error:
         raise Unavailable("kafka", f"{type(error).__name__} while creating topics") from error
@@ -501,7 +499,8 @@ class Reader:
                 partitions = [
                     TopicPartition(topic, partition)
                     for topic in self._topics
-                    for partition in (await self._consumer._client.fetch_all_metadata()).partitions_for_topic(topic) or ()
+                    for partition in (await self._consumer._client.fetch_all_metadata()).partitions_for_topic(topic)
+                    or ()
                 ]
                 self._consumer.assign(partitions)
                 await self._consumer.seek_to_end()
@@ -526,7 +525,7 @@ class Reader:
 
 
 async def _close(client: Any, deadline_s: float) -> None:
-    """Stop a consumer, producer or admin client: it may hang while brokers are away and may raise CancelledError itself."""
+    """Stop a consumer, producer or admin client: it may hang while brokers are away and raise CancelledError."""
     stop = getattr(client, "stop", None) or client.close
     task = asyncio.ensure_future(stop())
     done, _ = await asyncio.wait([task], timeout=deadline_s)

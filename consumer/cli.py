@@ -1,4 +1,4 @@
-"""The commands: parse, call, print, exit code (0 clean, 1 failure or "no", 2 something must be put right, 3 overran)."""
+"""The commands: parse, call, print, exit code (0 clean, 1 failure or "no", 2 to be put right, 3 overran)."""
 
 import asyncio
 import json
@@ -33,8 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document for scripts instead of a table.")]
-
-
 
 
 def main() -> None:
@@ -102,9 +100,7 @@ def migrate(
 ) -> None:
     """Apply the service's migrations to DATABASE_URL. Safe to run twice, at once, or again after a crash."""
     settings = _settings(kafka_bootstrap_servers="unused")
-    applied = _run(
-        migrations.migrate(settings.database_url.get_secret_value(), reference_schema=reference_schema)
-    )
+    applied = _run(migrations.migrate(settings.database_url.get_secret_value(), reference_schema=reference_schema))
     for name in applied:
         print(f"applied {name}")
     if not applied:
@@ -128,9 +124,7 @@ def topics(
         if create:
             wanted = {name: {"cleanup.policy": "delete"} for name in names.all}
             wanted[names.dead_letters]["retention.ms"] = str(DEAD_LETTER_RETENTION_MS)
-            for name in await broker.create_topics(
-                connection, wanted, partitions=partitions, replication=replication
-            ):
+            for name in await broker.create_topics(connection, wanted, partitions=partitions, replication=replication):
                 print(f"created {name}")
         publisher = Publisher(connection, idempotence=False)
         try:
@@ -150,7 +144,7 @@ def sync(
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the answer and print its data.")] = False,
     seconds: Annotated[float, typer.Argument(min=0.1, metavar="[SECONDS]", help="How long to wait.")] = 30.0,
 ) -> None:
-    """Publish a sync request and print its id; with --wait, exit 0 for counts, 1 when rejected or unanswered in time."""
+    """Publish a sync request and print its id; with --wait, exit 0 for counts, 1 if rejected or unanswered."""
     settings = _settings(database_url="unused")
     from consumer.service import kafka_connection
 
@@ -297,7 +291,9 @@ def _line(topic: str, value: bytes | None, headers: Any, as_json: bool) -> str:
 
 @app.command(epilog="Example: campaign-stats demo --seconds 20")
 def demo(
-    kafka: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Use this Kafka, not the embedded broker.")] = None,
+    kafka: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Use this Kafka, not the embedded broker.")
+    ] = None,
     database: Annotated[
         str | None, typer.Option(metavar="URL", help="Use this PostgreSQL (a database of its own is made and dropped).")
     ] = None,

@@ -17,16 +17,17 @@ from asyncpg.pool import PoolConnectionProxy
 from consumer.envelope import Cause, SyncRequest
 from consumer.errors import Unavailable
 from consumer.generation import Seen, Work
-from consumer.guard import Override, Window
+from consumer.guard import Override, Window, rate_bp
 from consumer.outcome import Campaign, Deferral, Held, Outcome, Recount
-from consumer.outcome import rate_bp as rate_of
 from schemas.events import Trigger
 
 Connection = asyncpg.Connection | PoolConnectionProxy
 Row = TypeVar("Row")
 
 POOL_SIZE: Final = 6  # pipeline, deferred, relay, sweep, gauges, and one to spare
-COMMAND_DEADLINE_S: Final = 35.0  # statement_timeout plus the time its answer may take; beyond it the connection is dead
+COMMAND_DEADLINE_S: Final = (
+    35.0  # statement_timeout plus the time its answer may take; beyond it the connection is dead
+)
 ACQUIRE_DEADLINE_S: Final = 10.0
 SESSION: Final = {
     "application_name": "campaign-stats",
@@ -171,7 +172,9 @@ class Database:
     async def check_writable(self) -> None:
         """Raises Unavailable unless a write is possible now (a standby after a failover only reads)."""
         async with self.connection() as connection:
-            if await connection.fetchval("SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool"):
+            if await connection.fetchval(
+                "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool"
+            ):
                 raise Unavailable("database", "read-only")
 
     async def backlog(self) -> Backlog:
@@ -204,7 +207,7 @@ class Database:
         """Whether nothing of that moment is still deferred (but sweep and failing ones) or unpublished."""
         async with self.connection() as connection:
             row = await _one(connection, statement("caught_up"), moment, last_outbox_id)
-            return row["deferred"] == 0 and row["unpublished"] == 0
+            return bool(row["deferred"] == 0 and row["unpublished"] == 0)
 
 
 class Transaction:
@@ -228,7 +231,7 @@ class Transaction:
     async def recount(self, campaign_ids: Sequence[UUID], caller: str) -> tuple[dict[UUID, Recount], dict[UUID, Held]]:
         """Lock, recount and write `stats` and `last_synced_at`; those that exist, recounted or held back.
 
-        Two statements inside one function: a statement's snapshot is older than the lock it waits for (design, section 5).
+        Two statements in one function: a statement's snapshot is older than the lock it waits for (design, section 5).
         """
         recounts: dict[UUID, Recount] = {}
         held: dict[UUID, Held] = {}
@@ -294,7 +297,7 @@ class Transaction:
                     "version": decision.version,
                     "sent": decision.judgement.window.sent,
                     "bounced": decision.judgement.window.bounced,
-                    "rate_bp": rate_of(decision.judgement.window),
+                    "rate_bp": rate_bp(decision.judgement.window),
                     "threshold_bp": decision.judgement.resolved.limits.threshold_bp,
                     "min_sent": decision.judgement.resolved.limits.min_sent,
                     "window_size": decision.judgement.resolved.limits.window,
@@ -362,9 +365,7 @@ class Transaction:
 
 
 async def _prepare(connection: Connection) -> None:
-    await connection.set_type_codec(
-        "jsonb", schema="pg_catalog", encoder=_to_json, decoder=orjson.loads
-    )
+    await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=_to_json, decoder=orjson.loads)
 
 
 def _to_json(value: object) -> str:

@@ -1,7 +1,7 @@
 """Bytes <-> CloudEvents, structured and binary mode. The only reader of bytes, and pure: no clock, no server.
 
-Hot path: one parse per record, one validation per list. Only records that are not plain, valid status hints in structured
-mode take the careful path, which decides what they are in the documented order of dead-letter reasons.
+Hot path: one parse per record, one validation per list. Only records that are no plain, valid status hints in
+structured mode take the careful path, which decides what they are in the documented order of dead-letter reasons.
 """
 
 import json
@@ -77,7 +77,7 @@ class StatusHint:
 
 @dataclass(frozen=True, slots=True)
 class SyncRequest:
-    """Recount this campaign and answer. `user_id`, if given, must own it. `source` and `cause.id` make the answer's id."""
+    """Recount this campaign and answer. `user_id`, if given, must own it. `source`, `cause.id` make the answer's id."""
 
     campaign_id: UUID
     user_id: UUID | None
@@ -150,9 +150,22 @@ Model = TypeVar("Model", bound=events.Read)
 
 _HINTS: Final = TypeAdapter(list[_Hint])
 _PLAIN_ATTRIBUTES: Final = frozenset(
-    ("specversion", "id", "source", "type", "time", "subject", "datacontenttype", "correlationid", "traceparent", "data")
+    (
+        "specversion",
+        "id",
+        "source",
+        "type",
+        "time",
+        "subject",
+        "datacontenttype",
+        "correlationid",
+        "traceparent",
+        "data",
+    )
 )
-_NOT_KEPT: Final = frozenset(("data", "time", "subject", "datacontenttype", "dataschema"))  # neither stored nor looked at
+_NOT_KEPT: Final = frozenset(
+    ("data", "time", "subject", "datacontenttype", "dataschema")
+)  # neither stored nor looked at
 
 
 def decode(records: Sequence[Record]) -> list[Decoded]:
@@ -363,9 +376,7 @@ def stub_headers(
     return _coordinates(topic, partition, str(first) if first == last else f"{first}-{last}", letter, now)
 
 
-def _coordinates(
-    topic: str, partition: int, offset: str, letter: DeadLetter, now: datetime
-) -> list[tuple[str, bytes]]:
+def _coordinates(topic: str, partition: int, offset: str, letter: DeadLetter, now: datetime) -> list[tuple[str, bytes]]:
     return [
         ("dead-letter-topic", topic.encode()),
         ("dead-letter-partition", str(partition).encode()),

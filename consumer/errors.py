@@ -18,7 +18,7 @@ class ServiceError(Exception):
 
 
 class ConfigError(ServiceError):
-    """Something must be put right by a person before the service can start. `problems`: one sentence each, with its fix."""
+    """A person must put something right before the service can start. `problems`: one sentence each, with its fix."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))

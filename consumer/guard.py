@@ -1,5 +1,6 @@
 """The bounce guard's rule: integers in, a verdict out. Nothing here reads a clock, a database or a float."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, Literal
@@ -31,7 +32,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`threshold_bp` basis points (1-10 000), `min_sent` contacts (>= 1), `window` contacts (0 = all, else >= min_sent).
+    """`threshold_bp` basis points (1-10 000), `min_sent` contacts (>= 1), `window` (0 = all, else >= min_sent).
 
     The defaults are the rule of design section 3: 5 % of at least 100, over the latest 500.
     """
@@ -85,7 +86,9 @@ def resolve(default: Limits, user: Override | None, campaign: Override | None) -
     The combination is checked after merging; when it is wrong the most specific level that mends it is ignored.
     """
     if user is None and campaign is None:
-        return Resolved(default, {"mode": "default", "threshold_bp": "default", "min_sent": "default", "window": "default"})
+        return Resolved(
+            default, {"mode": "default", "threshold_bp": "default", "min_sent": "default", "window": "default"}
+        )
     ignored: list[str] = []
     layers: list[tuple[Level, Override]] = []
     for level, override in (("user", user), ("campaign", campaign)):
@@ -125,7 +128,7 @@ def _merge(default: Limits, layers: list[tuple[Level, Override]]) -> tuple[Limit
     return limits, origin
 
 
-def is_candidate(counts: dict[str, int], limits: Limits, *, paused_before: bool) -> bool:
+def is_candidate(counts: Mapping[str, int], limits: Limits, *, paused_before: bool) -> bool:
     """Whether the window must be read: False only if the rule cannot trip whatever the window holds.
 
     `counts` are exclusive counts per status. Cancelled prospects are left out of S because only some were contacted;

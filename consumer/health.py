@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 
 
 def backoff_s(tries: int) -> float:
-    """Seconds to wait after `tries` failures in a row: doubling, jittered by half so that replicas do not march in step."""
+    """Seconds to wait after `tries` failures in a row: doubling, jittered so that replicas do not march in step."""
     longest = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(tries, 16))
     return longest * random.uniform(0.5, 1.0)  # noqa: S311  # spreads load, guards nothing
 

@@ -1,4 +1,4 @@
-"""Every metric, with help text and labels. Base units, prefix campaign_stats_, bounded labels, all combinations at start.
+"""Every metric, with help text and labels. Base units, prefix campaign_stats_, bounded labels, all there at start.
 
 Engines count after the fact is durable: a recount after its transaction, an event after its acknowledgement.
 """
@@ -30,7 +30,9 @@ class Metrics:
         self.registry = registry
 
         self.records = self._counter(
-            "records", "Records read from Kafka, by what they turned out to be; counted once collected.", kind=RECORD_KINDS
+            "records",
+            "Records read from Kafka, by what they turned out to be; counted once collected.",
+            kind=RECORD_KINDS,
         )
         self.dead_letters = self._counter(
             "dead_letters",
@@ -55,14 +57,20 @@ class Metrics:
 
         self.recounts = self._counter("recounts", "Campaigns recounted, by who asked.", caller=CALLERS)
         self.recount_seconds = self._histogram(
-            "recount_seconds", "One recount transaction (up to 1 000 campaigns), begin to commit.", FAST_S, caller=CALLERS
+            "recount_seconds",
+            "One recount transaction (up to 1 000 campaigns), begin to commit.",
+            FAST_S,
+            caller=CALLERS,
         )
-        self.campaigns_missing = self._counter("campaigns_missing", "Hints and requests for campaigns that do not exist.")
+        self.campaigns_missing = self._counter(
+            "campaigns_missing", "Hints and requests for campaigns that do not exist."
+        )
         self.chunks_failed = self._counter(
             "chunks_failed", "Chunks that failed for a reason of their own and were deferred campaign by campaign."
         )
         self.drift_found = self._counter(
-            "drift_found", "Campaigns whose stored numbers the sweep found wrong and the recount after the grace still did."
+            "drift_found",
+            "Campaigns whose stored numbers the sweep found wrong and the recount after the grace still did.",
         )
 
         self.guard_decisions = self._counter(
@@ -71,8 +79,12 @@ class Metrics:
         self.pauses = self._counter("pauses", "Campaigns paused by the bounce guard.")
 
         self.deferred = self._counter("deferred", "Work put off, by reason.", reason=DEFERRED_REASONS)
-        self.deferred_rows = self._gauge("deferred_rows", "Rows waiting in the deferred table.", reason=DEFERRED_REASONS)
-        self.deferred_age = self._gauge("deferred_oldest_seconds", "Age of the oldest deferred row; 0 when there is none.")
+        self.deferred_rows = self._gauge(
+            "deferred_rows", "Rows waiting in the deferred table.", reason=DEFERRED_REASONS
+        )
+        self.deferred_age = self._gauge(
+            "deferred_oldest_seconds", "Age of the oldest deferred row; 0 when there is none."
+        )
         self.failing_campaigns = self._gauge("failing_campaigns", "Campaigns whose own recount keeps failing.")
 
         self.published = self._counter("published", "Events acknowledged by Kafka, by type.", type=EVENT_TYPES)
@@ -105,9 +117,7 @@ class Metrics:
         )
         self.assigned_partitions = self._gauge("assigned_partitions", "Partitions this process reads.")
         self.rebalances = self._counter("rebalances", "Times all partitions were taken away and assigned anew.")
-        self.degraded = self._gauge(
-            "degraded", "1 while an engine waits for this dependency.", dependency=DEPENDENCIES
-        )
+        self.degraded = self._gauge("degraded", "1 while an engine waits for this dependency.", dependency=DEPENDENCIES)
         self.ready = self._gauge("ready", "1 when /readyz answers 200.")
         self.poll_age = self._gauge("poll_age_seconds", "Since the last poll of Kafka came back.")
 
@@ -122,9 +132,7 @@ class Metrics:
         return metric
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float], **labels: Iterable[str]) -> Histogram:
-        metric = Histogram(
-            f"campaign_stats_{name}", text, list(labels), buckets=tuple(buckets), registry=self.registry
-        )
+        metric = Histogram(f"campaign_stats_{name}", text, list(labels), buckets=tuple(buckets), registry=self.registry)
         self._fill(metric, labels)
         return metric
 

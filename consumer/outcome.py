@@ -65,8 +65,8 @@ class Campaign:
 class Recount:
     """One recounted campaign, its row locked: the truth, and what was known before.
 
-    `counts`: status -> count without zeros. `drift`: truth minus stored, keys that differ. `published_counts` None: never
-    published. `version` is that of the last thing told, 0 if none.
+    `counts`: status -> count without zeros. `drift`: truth minus stored, keys that differ. `published_counts` None:
+    never published. `version` is that of the last thing told, 0 if none.
     """
 
     campaign: Campaign
@@ -238,7 +238,7 @@ def decide(
 
 
 def after_failure(work: Work, owner: UUID | None, failures: int, now: datetime) -> tuple[Outcome, float]:
-    """What to save when a campaign's own recount raised for the `failures`-th time; also the seconds until it is retried."""
+    """What to save when a campaign's own recount raised for the `failures`-th time; also seconds until the retry."""
     outcome = Outcome()
     delay_s = min(2.0 ** min(failures - 1, 12), LONGEST_RETRY_S)
     outcome.deferrals.append(Deferral(_after_answers(outcome, work, owner, failures, now), "failing", delay_s))
@@ -259,7 +259,12 @@ def _recounted(outcome: Outcome, work: Work, recount: Recount, judgement: Judgem
             observed_trip = judgement.verdict is Verdict.TRIP
 
     drift: Mapping[str, int] | None = None
-    if work.seen is not None and work.seen.drift and work.seen.last_synced_at == recount.synced_before and recount.drift:
+    if (
+        work.seen is not None
+        and work.seen.drift
+        and work.seen.last_synced_at == recount.synced_before
+        and recount.drift
+    ):
         outcome.healed += 1
         drift = recount.drift
 
@@ -442,5 +447,3 @@ def _row(
 
 def _microseconds(moment: datetime) -> int:
     return int(moment.timestamp()) * 1_000_000 + moment.microsecond
-
-

@@ -182,9 +182,7 @@ class Pipeline:
             finally:
                 self._idle.set()
 
-    async def _flush(
-        self, generation: Generation, passed: Sequence[Passed], oldest: float | None, epoch: int
-    ) -> None:
+    async def _flush(self, generation: Generation, passed: Sequence[Passed], oldest: float | None, epoch: int) -> None:
         """Make everything in `generation` true in the database, then commit its offsets."""
         begun = time.monotonic()
         if generation.dead_letters or passed:

@@ -74,7 +74,9 @@ class Explanation:
             f"Now: {window.sent} mailed, {window.bounced} bounced: {share}. {said}",
         ]
         if self.verdict in (Verdict.TOO_FEW_SENT, Verdict.BELOW_RATE):
-            lines.append(f"It can bear {max(0, bounces_left(limits, window) - 1)} more bounces; one more than that pauses it.")
+            lines.append(
+                f"It can bear {max(0, bounces_left(limits, window) - 1)} more bounces; one more than that pauses it."
+            )
         own = [f"{name} by the {level}" for name, level in self.resolved.origin.items() if level != "default"]
         lines.append("Limits: " + (", ".join(own) + ", the rest by default." if own else "all by default."))
         lines.extend(f"Ignored: {problem}" for problem in self.resolved.ignored)

@@ -143,9 +143,7 @@ class Sweep:
             if (
                 resolved.limits.mode is Mode.ENFORCE
                 and applies(campaign.type, campaign.status, resolved.limits.mode) is None
-                and is_candidate(
-                    campaign.counts, resolved.limits, paused_before=campaign.guard_paused_at is not None
-                )
+                and is_candidate(campaign.counts, resolved.limits, paused_before=campaign.guard_paused_at is not None)
             ):
                 candidates[campaign.campaign_id] = (campaign, resolved)
         if not candidates:

@@ -1,4 +1,4 @@
-"""The one way a campaign is recounted, whoever asks: pipeline, deferred worker or door. Recount, guard, decide, save."""
+"""The one way a campaign is recounted, whoever asks: pipeline, deferred worker, door. Recount, guard, decide, save."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -120,9 +120,7 @@ async def _judge(db: Transaction, candidates: Mapping[UUID, tuple[Recount, Resol
         ]
     )
     verdicts = {
-        campaign_id: judge(
-            recount.campaign.type, recount.campaign.status, resolved.limits, windows[campaign_id].window
-        )
+        campaign_id: judge(recount.campaign.type, recount.campaign.status, resolved.limits, windows[campaign_id].window)
         for campaign_id, (recount, resolved) in candidates.items()
     }
     tripped = [

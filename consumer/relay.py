@@ -141,4 +141,3 @@ class Relay:
         for row_id, why in refused.items():
             self._metrics.set_aside.inc()
             log.error("event set aside", outbox_id=row_id, why=why)
-

@@ -45,12 +45,12 @@ def kafka_connection(settings: Settings) -> broker.Connection:
     if settings.kafka_security_protocol.endswith("SSL"):
         try:
             security["ssl_context"] = broker.tls_context(
-                settings.kafka_ssl_cafile and str(settings.kafka_ssl_cafile),
-                settings.kafka_ssl_certfile and str(settings.kafka_ssl_certfile),
-                settings.kafka_ssl_keyfile and str(settings.kafka_ssl_keyfile),
+                settings.kafka_ssl_cafile, settings.kafka_ssl_certfile, settings.kafka_ssl_keyfile
             )
         except OSError as error:
-            raise ConfigError([f"CAMPAIGN_STATS_KAFKA_SSL_*: {error.strerror or 'unusable file'}; check the files"]) from error
+            raise ConfigError(
+                [f"CAMPAIGN_STATS_KAFKA_SSL_*: {error.strerror or 'unusable file'}; check the files"]
+            ) from error
     if settings.kafka_sasl_mechanism is not None:
         security["sasl_mechanism"] = settings.kafka_sasl_mechanism
         security["sasl_plain_username"] = settings.kafka_sasl_username
@@ -80,9 +80,7 @@ class Service:
         self._letters = Publisher(connection, idempotence=settings.producer_idempotence)
         rules = Rules(settings.limits)
         self._relay = Relay(self._database, self._publish, self._metrics, self._health)
-        self._deferred = DeferredWorker(
-            self._database, rules, self._metrics, self._health, wake_relay=self._relay.wake
-        )
+        self._deferred = DeferredWorker(self._database, rules, self._metrics, self._health, wake_relay=self._relay.wake)
         self._pipeline = Pipeline(
             self._source,
             self._database,
@@ -118,11 +116,13 @@ class Service:
             await self._door.open()
         except OSError as error:
             raise ConfigError(
-                [f"CAMPAIGN_STATS_HTTP_PORT: cannot listen on {self._settings.http_host}:{self._settings.http_port}"
-                 f" ({error.strerror}); choose another port"]
+                [
+                    f"CAMPAIGN_STATS_HTTP_PORT: cannot listen on {self._settings.http_host}:{self._settings.http_port}"
+                    f" ({error.strerror}); choose another port"
+                ]
             ) from error
         tasks: list[asyncio.Task[None]] = []
-        stopped = asyncio.create_task(self._stop.wait(), name="stop")
+        stopped = asyncio.create_task(self._stopped(), name="stop")
         try:
             starting = asyncio.create_task(self._start(), name="start")
             await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -131,17 +131,17 @@ class Service:
                 await asyncio.wait([starting])
                 return 0
             starting.result()
-            jobs: list[Coroutine[None, None, None]] = [
-                self._pipeline.fetch(),
-                self._pipeline.flush_for_ever(),
-                self._relay.run(),
-                self._deferred.run(),
-                self._sample(),
-                self._watch(),
+            jobs: list[tuple[str, Coroutine[None, None, None]]] = [
+                ("fetch", self._pipeline.fetch()),
+                ("flush", self._pipeline.flush_for_ever()),
+                ("relay", self._relay.run()),
+                ("deferred", self._deferred.run()),
+                ("sample", self._sample()),
+                ("watchdog", self._watch()),
             ]
             if self._settings.sweep_interval_s:
-                jobs.append(self._sweep.run())
-            tasks = [asyncio.create_task(job, name=job.__qualname__) for job in jobs]
+                jobs.append(("sweep", self._sweep.run()))
+            tasks = [asyncio.create_task(job, name=name) for name, job in jobs]
             if until_caught_up:
                 tasks.append(asyncio.create_task(self._until_caught_up(), name="until caught up"))
             gc.collect()
@@ -160,6 +160,9 @@ class Service:
             await self._database.close(1.0)
             await self._door.close()
 
+    async def _stopped(self) -> None:
+        await self._stop.wait()
+
     async def _start(self) -> None:
         await self._health.persist("start", self._database.open)
         await self._health.persist("start", self._check_database)
@@ -174,7 +177,9 @@ class Service:
         except Unavailable as error:
             cause = error.__cause__
             if isinstance(cause, asyncpg.PostgresError) and (cause.sqlstate or "")[:2] in ("28", "3D"):
-                raise ConfigError([f"DATABASE_URL: the server refuses it ({cause.sqlstate}); check user and database"]) from error
+                raise ConfigError(
+                    [f"DATABASE_URL: the server refuses it ({cause.sqlstate}); check user and database"]
+                ) from error
             raise
         async with self._database.connection() as connection:
             problems = await migrations.missing_columns(connection)
@@ -199,8 +204,8 @@ class Service:
         self._relay.wake()
         self._deferred.wake()
         undone: list[str] = []
-        finishing = {task for task in tasks if task.get_name() in ("Relay.run", "DeferredWorker.run")}
-        finishing.add(asyncio.create_task(self._pipeline.let_go(), name="flush"))
+        finishing = {task for task in tasks if task.get_name() in ("relay", "deferred")}
+        finishing.add(asyncio.create_task(self._pipeline.let_go(), name="running chunk"))
         done, pending = await asyncio.wait(finishing, timeout=deadline_s)
         undone.extend(sorted(task.get_name() for task in pending))
         for task in tasks:
@@ -209,9 +214,7 @@ class Service:
             task.cancel()
         await asyncio.gather(*tasks, *done, *pending, return_exceptions=True)
         left_s = max(0.5, deadline_s - (time.monotonic() - begun))
-        await asyncio.gather(
-            self._source.stop(left_s), self._events.close(left_s), self._letters.close(left_s)
-        )
+        await asyncio.gather(self._source.stop(left_s), self._events.close(left_s), self._letters.close(left_s))
         log.info("stopped", seconds=round(time.monotonic() - begun, 3), undone=undone)
         return 3 if undone else 0
 
@@ -307,7 +310,9 @@ class Service:
             if await self._health.persist("caught up", self._is_read):
                 break
         moment, last = await self._health.persist("caught up", self._database.horizon)
-        while not await self._health.persist("caught up", lambda: self._database.is_caught_up(moment, last)):
+        while True:
+            if await self._health.persist("caught up", lambda: self._database.is_caught_up(moment, last)):
+                break
             await asyncio.sleep(CAUGHT_UP_POLL_S)
         log.info("caught up")
 
@@ -319,6 +324,4 @@ class Service:
             self._ends.update(await self._source.ends(new))
         known = await self._source.committed(assigned)
         starts = await self._source.starts([partition for partition in assigned if partition not in known])
-        return all(
-            known.get(partition, starts.get(partition, 0)) >= self._ends[partition] for partition in assigned
-        )
+        return all(known.get(partition, starts.get(partition, 0)) >= self._ends[partition] for partition in assigned)

@@ -81,7 +81,7 @@ class Settings(BaseSettings):
 
 
 def read_settings(**given: object) -> Settings:
-    """The settings from the environment, `given` ones first. Raises ConfigError that lists every problem with its fix."""
+    """The settings from the environment, `given` ones first. Raises ConfigError, every problem listed with its fix."""
     try:
         return Settings(**given)  # type: ignore[arg-type]  # pydantic checks them
     except ValidationError as error:

@@ -149,7 +149,9 @@ class CampaignStatsUpdatedV1(_Written):
     prospects_by_status: dict[str, Count] | None = Field(
         default=None, description="Status -> prospects, zero counts left out; absent when there are no prospects."
     )
-    version: int = Field(description="Rises with everything told of a campaign; drop what is not newer. Gaps are normal.")
+    version: int = Field(
+        description="Rises with everything told of a campaign; drop what is not newer. Gaps are normal."
+    )
     trigger: Trigger
     drift: dict[str, int] | None = Field(
         default=None, description="Truth minus stored, when the sweep had found the stored numbers wrong; else absent."

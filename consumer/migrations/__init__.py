@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Final
 
 import asyncpg
+from asyncpg.pool import PoolConnectionProxy
 
 from consumer.errors import ConfigError, Unavailable
 
@@ -34,6 +35,9 @@ PRODUCT_COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "campaign_sender_accounts": ("campaign_id", "account_id"),
 }  # fmt: skip
 """What we read or write of the product's tables, all in schema `public`."""
+
+
+Connection = asyncpg.Connection | PoolConnectionProxy
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +81,16 @@ async def migrate(database_url: str, *, reference_schema: bool = False) -> list[
                     await connection.execute(reference.read_text("utf-8"))
             return await _apply(connection)
     except asyncpg.LockNotAvailableError as error:
-        raise Unavailable("database", "a long transaction holds a product table; nothing was changed, try again") from error
+        raise Unavailable(
+            "database", "a long transaction holds a product table; nothing was changed, try again"
+        ) from error
     except asyncpg.InsufficientPrivilegeError as error:
         raise ConfigError([f"the role may not migrate: {error}; run `migrate` as the owner of the tables"]) from error
     finally:
         await connection.close()
 
 
-async def missing_columns(connection: asyncpg.Connection) -> list[str]:
+async def missing_columns(connection: Connection) -> list[str]:
     """One sentence per product table or column that is not there, each with what to do."""
     rows = await connection.fetch(
         """SELECT c.relname AS name, array_agg(a.attname) AS columns
@@ -96,13 +102,17 @@ async def missing_columns(connection: asyncpg.Connection) -> list[str]:
     problems = []
     for table, columns in PRODUCT_COLUMNS.items():
         if table not in present:
-            problems.append(f"table public.{table} is missing: create it, or use `migrate --reference-schema` for a trial")
+            problems.append(
+                f"table public.{table} is missing: create it, or use `migrate --reference-schema` for a trial"
+            )
         elif absent := [column for column in columns if column not in present[table]]:
-            problems.append(f"table public.{table} lacks {', '.join(absent)}: add the column(s) to the product's schema")
+            problems.append(
+                f"table public.{table} lacks {', '.join(absent)}: add the column(s) to the product's schema"
+            )
     return problems
 
 
-async def pending(connection: asyncpg.Connection) -> list[str]:
+async def pending(connection: Connection) -> list[str]:
     """Names of the migrations that the database still lacks, in order; all of them when it has none.
 
     Raises ConfigError when an applied file was changed since or when the database is newer than this code.
@@ -115,7 +125,9 @@ async def pending(connection: asyncpg.Connection) -> list[str]:
     for row in await connection.fetch("SELECT number, name, checksum FROM campaign_stats.migrations ORDER BY number"):
         migration = known.get(row["number"])
         if migration is None:
-            problems.append(f"the database is newer than this code (it has {row['name']}): install a newer campaign-stats")
+            problems.append(
+                f"the database is newer than this code (it has {row['name']}): install a newer campaign-stats"
+            )
         elif migration.checksum != row["checksum"]:
             problems.append(
                 f"migration {migration.name} was changed after it was applied: restore the file and put the change into"
@@ -128,7 +140,7 @@ async def pending(connection: asyncpg.Connection) -> list[str]:
 
 
 @asynccontextmanager
-async def _alone(connection: asyncpg.Connection) -> AsyncIterator[None]:
+async def _alone(connection: Connection) -> AsyncIterator[None]:
     # Polled: a session that waits inside pg_advisory_lock holds a snapshot, and CREATE INDEX CONCURRENTLY waits for it.
     deadline = asyncio.get_running_loop().time() + LOCK_DEADLINE_S
     while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK_KEY):
@@ -142,7 +154,7 @@ async def _alone(connection: asyncpg.Connection) -> AsyncIterator[None]:
             await connection.execute("SELECT pg_advisory_unlock($1)", LOCK_KEY)
 
 
-async def _apply(connection: asyncpg.Connection) -> list[str]:
+async def _apply(connection: Connection) -> list[str]:
     if problems := await missing_columns(connection):
         raise ConfigError(problems)
     await connection.execute("CREATE SCHEMA IF NOT EXISTS campaign_stats")
@@ -169,7 +181,7 @@ async def _apply(connection: asyncpg.Connection) -> list[str]:
     return missing
 
 
-async def _record(connection: asyncpg.Connection, migration: Migration) -> None:
+async def _record(connection: Connection, migration: Migration) -> None:
     await connection.execute(
         "INSERT INTO campaign_stats.migrations (number, name, checksum) VALUES ($1, $2, $3)",
         migration.number,
@@ -178,7 +190,7 @@ async def _record(connection: asyncpg.Connection, migration: Migration) -> None:
     )
 
 
-async def _drop_invalid(connection: asyncpg.Connection, index: str) -> None:
+async def _drop_invalid(connection: Connection, index: str) -> None:
     invalid = await connection.fetchval(
         "SELECT 1 FROM pg_index WHERE indexrelid = to_regclass('public.' || $1) AND NOT indisvalid", index
     )
