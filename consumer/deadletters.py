@@ -24,7 +24,7 @@ class Publish(Protocol):
     """Publishes (key, value, headers) to the dead-letter topic; what became of each, in order."""
 
     async def __call__(
-        self, rows: Sequence[tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes]]]], *, alone: bool
+        self, rows: Sequence[tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]], *, alone: bool
     ) -> Sequence[Sent]: ...
 
 
@@ -79,7 +79,7 @@ class DeadLetters:
             topic, partition = stub.partition
             await self._keep(None, stub_headers(topic, partition, stub.first, stub.last, letter, datetime.now(UTC)))
 
-    async def _keep(self, key: bytes | None, headers: Sequence[tuple[str, bytes]]) -> None:
+    async def _keep(self, key: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> None:
         [sent] = await self._publish([(key, b"", headers)], alone=True)
         if sent.error is not None:
             raise Unavailable("kafka", f"{sent.error} while writing dead letters")

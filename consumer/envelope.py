@@ -4,7 +4,6 @@ Hot path: one parse per record, one validation per list. Only records that are n
 structured mode take the careful path, which decides what they are in the documented order of dead-letter reasons.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing_extensions import TypedDict  # pydantic needs this one on Python 3.1
 
 from consumer.errors import InvalidEvent
 from schemas import events
-from schemas.events import ANY_ID_PATTERN, CAMPAIGN_ID_PATTERN, DeadLetterReason
+from schemas.events import CAMPAIGN_ID_PATTERN, AnyId, CampaignId, DeadLetterReason, storable
 
 SOURCE: Final = "campaign-stats"
 CONTENT_TYPE: Final = (("content-type", b"application/cloudevents+json"),)
@@ -27,6 +26,12 @@ CONTENT_TYPE: Final = (("content-type", b"application/cloudevents+json"),)
 _CAMPAIGN_ID: Final = re.compile(CAMPAIGN_ID_PATTERN)
 _TYPE: Final = re.compile(r"(prospect\.status_changed|campaign\.sync_requested)\.v([1-9][0-9]{0,8})")
 _TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+_ESCAPE: Final = re.compile(  # group 1: a lone surrogate; pairs and all other escapes are taken whole
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+)
 
 
 class Record(Protocol):
@@ -43,7 +48,7 @@ class Record(Protocol):
     @property
     def value(self) -> bytes | None: ...
     @property
-    def headers(self) -> Sequence[tuple[str, bytes]]: ...
+    def headers(self) -> Sequence[tuple[str, bytes | None]]: ...
     @property
     def timestamp(self) -> int: ...
 
@@ -124,13 +129,15 @@ class DeadLetter:
 
 Decoded = StatusHint | SyncRequest | Ignored | DeadLetter
 
+_TOMBSTONE: Final = Ignored()
+
 _Attribute = Annotated[str, StringConstraints(pattern=r"\A[^\x00]+\z")]
 
 
 @with_config(ConfigDict(strict=True))
 class _HintData(TypedDict):
-    campaign_id: Annotated[str, StringConstraints(pattern=rf"\A{CAMPAIGN_ID_PATTERN}\z")]
-    prospect_id: Annotated[str, StringConstraints(pattern=rf"\A{ANY_ID_PATTERN}\z")]
+    campaign_id: CampaignId
+    prospect_id: AnyId
     from_status: NotRequired[str | None]
     to_status: _Attribute
 
@@ -140,124 +147,162 @@ class _Hint(TypedDict):
     specversion: Literal["1.0"]
     id: _Attribute
     source: _Attribute
-    type: Literal["prospect.status_changed.v1"]
     correlationid: NotRequired[_Attribute]
+    causationid: NotRequired[_Attribute]
     traceparent: NotRequired[_Attribute]
+    tracestate: NotRequired[_Attribute]
     data: _HintData
 
 
 Model = TypeVar("Model", bound=events.Read)
 
+LIST_SIZE: Final = 200  # lists of 100-500 validated at once beat single records and lists of thousands (measured)
+
 _HINTS: Final = TypeAdapter(list[_Hint])
-_PLAIN_ATTRIBUTES: Final = frozenset(
-    (
-        "specversion",
-        "id",
-        "source",
-        "type",
-        "time",
-        "subject",
-        "datacontenttype",
-        "correlationid",
-        "traceparent",
-        "data",
-    )
-)
 _NOT_KEPT: Final = frozenset(
     ("data", "time", "subject", "datacontenttype", "dataschema")
 )  # neither stored nor looked at
+_PLAIN_ATTRIBUTES: Final = frozenset((*_Hint.__annotations__, "type", *_NOT_KEPT))
+_EXPECTED: Final[Mapping[str, str]] = {
+    "prospect_id": "expected 8-4-4-4-12 hex digits; send the prospect's id",
+    "from_status": "expected a string; leave it out when the prospect is new",
+    "to_status": "expected a non-empty string without U+0000 or a lone surrogate; send the status after the change",
+    "user_id": "expected 8-4-4-4-12 hex digits; send the owner's id or leave it out",
+    "reason": "expected a string; leave it out if there is none",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Parsed:
+    """A record's JSON, in the shape of structured mode, and how to name its parts to the sender."""
+
+    event: object
+    is_binary: bool
+
+    def attribute(self, name: str) -> str:
+        """Where an attribute stands. Names are the sender's too: an unknown one may hold anything and is not shown."""
+        shown = name if name in _PLAIN_ATTRIBUTES or name == "data_base64" else "(extension)"
+        return f"header ce_{shown}" if self.is_binary else f"$.{shown}"
+
+    def field(self, name: str) -> str:
+        """Where a field of the data stands."""
+        return f"$.{name}" if self.is_binary else f"$.data.{name}"
 
 
 def decode(records: Sequence[Record]) -> list[Decoded]:
     """What each record is; same length and order. Never raises, whatever the bytes are."""
-    decoded: list[Decoded | None] = [None] * len(records)
+    decoded: list[Decoded] = []
+    for start in range(0, len(records), LIST_SIZE):
+        decoded += _decode(records[start : start + LIST_SIZE])
+    return decoded
+
+
+def _decode(records: Sequence[Record]) -> list[Decoded]:
+    decoded: list[Decoded] = [_TOMBSTONE] * len(records)
     places: list[int] = []
-    plain: list[object] = []
+    plain: list[dict[str, object]] = []
     for place, record in enumerate(records):
         value = record.value
         if value is None:
-            decoded[place] = Ignored()
-        elif not record.headers or not _is_binary(record):
-            try:
-                event = orjson.loads(value)
-            except orjson.JSONDecodeError:
-                continue
-            # Attributes we do not know may hold what must not be there: the careful path looks at them.
-            if type(event) is dict and event.get("type") == events.STATUS_CHANGED and event.keys() <= _PLAIN_ATTRIBUTES:
-                places.append(place)
-                plain.append(event)
-    try:
-        hints = _HINTS.validate_python(plain)
-    except ValidationError:
-        pass
-    else:
-        for place, hint in zip(places, hints, strict=True):
-            identity = hint["id"]
-            traceparent = hint.get("traceparent")
-            decoded[place] = StatusHint(
-                _uuid(hint["data"]["campaign_id"]),
-                Cause(identity, hint.get("correlationid", identity), traceparent and _well_formed(traceparent)),
-            )
-    return [_decode(records[place]) if event is None else event for place, event in enumerate(decoded)]
+            continue  # a tombstone, in binary mode too
+        is_binary = bool(record.headers) and _is_binary(record)
+        try:
+            event = _binary(record, value) if is_binary else _json(value)
+        except InvalidEvent as error:
+            decoded[place] = DeadLetter(error.reason, error.detail)
+            continue
+        # Extensions we do not know may hold what must not be there: the careful path looks at them.
+        if type(event) is dict and event.get("type") == events.STATUS_CHANGED and event.keys() <= _PLAIN_ATTRIBUTES:
+            places.append(place)
+            plain.append(event)
+        else:
+            decoded[place] = _interpret(_Parsed(event, is_binary))
+    for place, event, hint in zip(places, plain, _validate(plain), strict=True):
+        if hint is None:
+            decoded[place] = _interpret(_Parsed(event, _is_binary(records[place])))
+            continue
+        identity = hint["id"]
+        traceparent = hint.get("traceparent")
+        decoded[place] = StatusHint(
+            _uuid(hint["data"]["campaign_id"]),
+            Cause(identity, hint.get("correlationid", identity), traceparent and _well_formed(traceparent)),
+        )
+    return decoded
 
 
-def _decode(record: Record) -> Decoded:
-    """The careful path: what this record is, in the documented order of reasons."""
-    if record.value is None:
-        return Ignored()
+def _validate(plain: list[dict[str, object]]) -> list[_Hint | None]:
+    """The hints, None where one is not valid: a bad record does not make its neighbours slow."""
     try:
-        event = _binary(record, record.value) if _is_binary(record) else _json(record.value)
-        return _interpret(event)
+        return [*_HINTS.validate_python(plain)]
+    except ValidationError as error:
+        problems = error.errors(include_input=False, include_url=False, include_context=False)
+    bad = {problem["loc"][0] for problem in problems}
+    good = iter(_HINTS.validate_python([event for place, event in enumerate(plain) if place not in bad]))
+    return [None if place in bad else next(good) for place in range(len(plain))]
+
+
+def _interpret(parsed: _Parsed) -> Decoded:
+    """The careful path: what this event is, in the documented order of reasons."""
+    try:
+        return _understand(parsed)
     except InvalidEvent as error:
         return DeadLetter(error.reason, error.detail)
 
 
-def _interpret(event: object) -> StatusHint | SyncRequest:
+def _understand(parsed: _Parsed) -> StatusHint | SyncRequest:
     """What a parsed CloudEvent means. Raises InvalidEvent."""
+    event = parsed.event
     if not isinstance(event, dict):
         what = "batch mode is not read: send one event a record" if isinstance(event, list) else "send a JSON object"
         _refuse(DeadLetterReason.NOT_CLOUDEVENT, f"$: expected one CloudEvent; {what}")
     if event.get("specversion") != "1.0":
-        _refuse(DeadLetterReason.NOT_CLOUDEVENT, '$.specversion: expected "1.0"; write CloudEvents 1.0')
-    if "data_base64" in event:
-        _refuse(DeadLetterReason.NOT_CLOUDEVENT, "$.data_base64: not read; put JSON into data")
+        where = parsed.attribute("specversion")
+        _refuse(DeadLetterReason.NOT_CLOUDEVENT, f'{where}: expected "1.0"; write CloudEvents 1.0')
+    if event.get("data_base64") is not None:  # null is the same as absent (CloudEvents JSON format, section 2.1)
+        where = parsed.attribute("data_base64")
+        _refuse(DeadLetterReason.NOT_CLOUDEVENT, f"{where}: expected nothing; put JSON into data")
     for name, value in event.items():
-        if name not in _NOT_KEPT and isinstance(value, str) and not _storable(value):
-            _refuse(DeadLetterReason.NOT_CLOUDEVENT, f"$.{_shown(name)}: must not contain U+0000 or a lone surrogate")
+        if name not in _NOT_KEPT and isinstance(value, str) and not storable(value):
+            where = parsed.attribute(name)
+            _refuse(
+                DeadLetterReason.NOT_CLOUDEVENT,
+                f"{where}: expected text without U+0000 or a lone surrogate; remove them",
+            )
     for name in ("id", "source", "type"):
         if not isinstance(event.get(name), str) or not event[name]:
-            _refuse(DeadLetterReason.NOT_CLOUDEVENT, f"$.{name}: expected a non-empty string; it is required")
+            where = parsed.attribute(name)
+            _refuse(DeadLetterReason.NOT_CLOUDEVENT, f"{where}: expected a non-empty string; it is required")
     match = _TYPE.fullmatch(event["type"])
     if match is None:
         known = f"{events.STATUS_CHANGED} or {events.SYNC_REQUESTED}"
-        _refuse(DeadLetterReason.UNKNOWN_TYPE, f"$.type: expected {known}; use one of these or another topic")
+        where = parsed.attribute("type")
+        _refuse(DeadLetterReason.UNKNOWN_TYPE, f"{where}: expected {known}; use one of these or another topic")
     data = event.get("data")
     campaign = data.get("campaign_id") if isinstance(data, dict) else None
     if not isinstance(campaign, str) or _CAMPAIGN_ID.fullmatch(campaign) is None:
         _refuse(
             DeadLetterReason.INVALID_CAMPAIGN_ID,
-            "$.data.campaign_id: expected an RFC 9562 UUID (8-4-4-4-12 hex); send the campaign's id",
+            f"{parsed.field('campaign_id')}: expected an RFC 9562 UUID (8-4-4-4-12 hex); send the campaign's id",
         )
     campaign_id = UUID(campaign)
     cause = _cause(event)
     if match.group(2) != "1":
         return StatusHint(campaign_id, cause, newer=True)
     if match.group(1) == "prospect.status_changed":
-        _check(events.ProspectStatusChangedV1, data)
+        _check(events.ProspectStatusChangedV1, data, parsed)
         return StatusHint(campaign_id, cause)
-    request = _check(events.CampaignSyncRequestedV1, data)
+    request = _check(events.CampaignSyncRequestedV1, data, parsed)
     user_id = UUID(request.user_id) if request.user_id is not None else None
     return SyncRequest(campaign_id, user_id, event["source"], cause)
 
 
-def _check(model: type[Model], data: object) -> Model:
+def _check(model: type[Model], data: object, parsed: _Parsed) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
         problem = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        path = ".".join(str(part) for part in problem["loc"])
-        expectation = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    raise InvalidEvent(DeadLetterReason.INVALID_DATA, f"$.data.{path}: {expectation}; see schemas/README.md")
+    field = str(problem["loc"][0])
+    raise InvalidEvent(DeadLetterReason.INVALID_DATA, f"{parsed.field(field)}: {_EXPECTED[field]}")
 
 
 def _cause(event: Mapping[str, object]) -> Cause:
@@ -277,59 +322,68 @@ def _well_formed(traceparent: str) -> str | None:
 
 
 def _is_binary(record: Record) -> bool:
-    return any(name.startswith("ce_") for name, _ in record.headers)
+    """Whether there are ce_ headers; with a CloudEvents content type they are copies (Kafka binding, section 3)."""
+    is_binary = False
+    for name, content in record.headers:
+        if name.startswith("ce_"):
+            is_binary = True
+        elif name.lower() == "content-type" and (content or b"").lower().startswith(b"application/cloudevents"):
+            return False
+    return is_binary
 
 
 def _binary(record: Record, value: bytes) -> dict[str, object]:
-    """Binary mode: attributes in ce_ headers (of two with one name the last counts), data in the value."""
+    """Binary mode: attributes in ce_ headers (of two with one name the last counts), data in the value.
+
+    The value is taken as JSON whatever the content type says: its bytes show whether it is.
+    """
     event: dict[str, object] = {}
     for name, content in record.headers:
         if name.startswith("ce_"):
             try:
                 event[name.removeprefix("ce_")] = (content or b"").decode("utf-8")
             except UnicodeDecodeError:
-                _refuse(DeadLetterReason.NOT_UTF8, f"header {_shown(name)}: expected UTF-8; encode it so")
+                where = _Parsed(None, is_binary=True).attribute(name.removeprefix("ce_"))
+                _refuse(DeadLetterReason.NOT_UTF8, f"{where}: expected UTF-8; encode it so")
+    data = _json(value)
     if "data" in event or "data_base64" in event:  # neither is an attribute: the data is the value
         _refuse(DeadLetterReason.NOT_CLOUDEVENT, "header ce_data: not an attribute; put JSON into the value")
-    event["data"] = _json(value)
+    event["data"] = data
     return event
 
 
 def _json(value: bytes) -> object:
-    """Parse; orjson first, then the standard library, which alone takes lone surrogates in fields nobody looks at."""
+    """Parse with one parser, so that the same bytes always get the same answer.
+
+    orjson refuses lone surrogates even in fields that nobody looks at. They are read as U+0000, which may stand exactly
+    where a lone surrogate may. (The standard library takes them, but its depth limit moves with the caller's stack.)
+    """
     try:
         return orjson.loads(value)
-    except orjson.JSONDecodeError:
-        pass
+    except orjson.JSONDecodeError as error:
+        problem = error
     try:
-        text = value.decode("utf-8")
+        value.decode("utf-8")
     except UnicodeDecodeError as error:
         _refuse(DeadLetterReason.NOT_UTF8, f"byte {error.start}: expected UTF-8; encode it so")
-    try:
-        return json.loads(text, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        _refuse(DeadLetterReason.NOT_JSON, f"line {error.lineno} column {error.colno}: expected JSON; {error.msg}")
-    except (ValueError, RecursionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else "NaN, Infinity or a number too long"
-        _refuse(DeadLetterReason.NOT_JSON, f"$: {what}; write JSON as in RFC 8259")
+    if _SURROGATE.search(value):
+        try:
+            return orjson.loads(_ESCAPE.sub(_without_lone_surrogate, value))
+        except orjson.JSONDecodeError as error:
+            problem = error  # at its true place: the replacement is as long as what it replaces
+    where = f"line {problem.lineno} column {problem.colno}"
+    raise InvalidEvent(
+        DeadLetterReason.NOT_JSON,
+        f"{where}: expected JSON; write it as in RFC 8259, without NaN, Infinity, huge numbers or a byte order mark",
+    )
 
 
-def _no_constant(_: str) -> NoReturn:
-    raise ValueError
+def _without_lone_surrogate(escape: re.Match[bytes]) -> bytes:
+    return rb"\u0000" if escape[1] else escape[0]
 
 
 def _refuse(reason: DeadLetterReason, detail: str) -> NoReturn:
     raise InvalidEvent(reason, detail)
-
-
-def _storable(text: str) -> bool:
-    """PostgreSQL stores neither U+0000 nor a lone surrogate."""
-    return "\x00" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _shown(name: str) -> str:
-    """Names of attributes are the sender's too: shown only when they are what CloudEvents allows."""
-    return name if re.fullmatch(r"[a-z0-9_]{1,32}", name) else "(attribute)"
 
 
 @lru_cache(maxsize=65_536)
@@ -364,19 +418,21 @@ def format_time(moment: datetime) -> str:
     return moment.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z"
 
 
-def dead_letter_headers(record: Record, letter: DeadLetter, now: datetime) -> list[tuple[str, bytes]]:
+def dead_letter_headers(record: Record, letter: DeadLetter, now: datetime) -> list[tuple[str, bytes | None]]:
     """The record's own headers, then ours: where it came from, why it is here, since when."""
     return [*record.headers, *_coordinates(record.topic, record.partition, str(record.offset), letter, now)]
 
 
 def stub_headers(
     topic: str, partition: int, first: int, last: int, letter: DeadLetter, now: datetime
-) -> list[tuple[str, bytes]]:
+) -> list[tuple[str, bytes | None]]:
     """Headers of a stub for records nobody can hand out; `dead-letter-offset` is `first` or `first-last`."""
     return _coordinates(topic, partition, str(first) if first == last else f"{first}-{last}", letter, now)
 
 
-def _coordinates(topic: str, partition: int, offset: str, letter: DeadLetter, now: datetime) -> list[tuple[str, bytes]]:
+def _coordinates(
+    topic: str, partition: int, offset: str, letter: DeadLetter, now: datetime
+) -> list[tuple[str, bytes | None]]:
     return [
         ("dead-letter-topic", topic.encode()),
         ("dead-letter-partition", str(partition).encode()),

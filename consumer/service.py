@@ -238,7 +238,7 @@ class Service:
         )
 
     async def _bury(
-        self, rows: Sequence[tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes]]]], *, alone: bool
+        self, rows: Sequence[tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]], *, alone: bool
     ) -> Sequence[broker.Sent]:
         return await self._letters.publish(
             [Outgoing(self._topics.dead_letters, key, value, headers) for key, value, headers in rows], alone=alone

@@ -5,7 +5,7 @@ Fields that are absent are left out, never null, unless their type says so. Unkn
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Generic, Literal, TypeVar
 from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
@@ -60,18 +60,27 @@ class DeadLetterReason(StrEnum):
     INVALID_DATA = "invalid_data"
 
 
-def _storable(text: str) -> str:
-    """PostgreSQL stores neither U+0000 nor a lone surrogate."""
+def storable(text: str) -> bool:
+    """Whether PostgreSQL can store it: neither U+0000 nor a lone surrogate."""
     if "\x00" in text:
-        raise ValueError("must not contain U+0000")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("must not contain a lone surrogate")
+        return False
+    try:
+        text.encode()  # fast also for megabytes
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _stored(text: str) -> str:
+    if not storable(text):
+        raise ValueError("must not contain U+0000 or a lone surrogate")
     return text
 
 
-Storable = Annotated[str, AfterValidator(_storable)]
-CampaignId = Annotated[str, StringConstraints(pattern=rf"\A{CAMPAIGN_ID_PATTERN}\z")]
-AnyId = Annotated[str, StringConstraints(pattern=rf"\A{ANY_ID_PATTERN}\z")]
+# ^ and $ mean the whole string to pydantic and to JSON Schema; \A and \z would be no ECMA 262.
+Storable = Annotated[str, AfterValidator(_stored)]
+CampaignId = Annotated[str, StringConstraints(pattern=rf"^{CAMPAIGN_ID_PATTERN}$")]
+AnyId = Annotated[str, StringConstraints(pattern=rf"^{ANY_ID_PATTERN}$")]
 Count = Annotated[int, Field(ge=0, description="Number of prospects.")]
 
 
@@ -82,7 +91,9 @@ class Read(BaseModel):
 
 
 class _Written(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """Unknown fields are ignored, because subscribers read with these models and fields may be added."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class ProspectStatusChangedV1(Read):
@@ -182,3 +193,22 @@ class CampaignPausedV1(_Written):
     prospects_by_status: dict[str, Count]
     pending: Count = Field(description="Prospects that will not be contacted until somebody resumes.")
     paused_at: datetime
+
+
+Data = TypeVar("Data", bound=BaseModel)
+
+
+class Envelope(_Written, Generic[Data]):
+    """A whole event as the service writes it: `Envelope[CampaignPausedV1].model_validate_json(value)`."""
+
+    specversion: Literal["1.0"]
+    id: str = Field(description="The same for the same fact, however often it is told.")
+    source: Literal["campaign-stats"]
+    type: str
+    time: datetime
+    subject: UUID = Field(description="The campaign's id, also the Kafka key.")
+    datacontenttype: Literal["application/json"]
+    causationid: str | None = Field(default=None, description="Id of the hint or request it follows from, if any.")
+    correlationid: str | None = Field(default=None, description="The correlationid of that event, or else its id.")
+    traceparent: str | None = Field(default=None, description="W3C trace context of that event, if it had one.")
+    data: Data

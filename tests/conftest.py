@@ -8,11 +8,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, overload
 from urllib.request import urlopen
 from uuid import uuid4
 
@@ -29,7 +29,9 @@ T = TypeVar("T")
 
 REQUIRED = os.environ.get("CAMPAIGN_STATS_REQUIRE_KAFKA") == "1"
 NO_FSYNC = {"fsync": "off", "max_connections": "200", "autovacuum_naptime": "1s"}  # no test crashes the whole machine
+AVAILABLE = {"apache_kafka": java_available(), "kcat": shutil.which("kcat") is not None}
 ORDER = ("unit", "integration", "service")
+NEEDS = (("Java 17 or Maven is", AVAILABLE["apache_kafka"]), ("kcat is", AVAILABLE["kcat"]))
 not_run: list[str] = []
 
 
@@ -61,7 +63,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return ORDER.index(parts[0]) if parts[0] in ORDER else len(ORDER)
 
     items.sort(key=rank)
-    left_out = [] if java_available() else [item for item in items if item.get_closest_marker("apache_kafka")]
+    absent = {marker for marker, present in AVAILABLE.items() if not present}
+    left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in absent)]
     if left_out:
         not_run.extend(item.nodeid for item in left_out)
         items[:] = [item for item in items if item not in left_out]
@@ -74,10 +77,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not java_available():
         write("")
         write("The tests ran on the embedded broker, not on Apache Kafka.")
-        if not_run:
-            write(f"NOT RUN: {len(not_run)} tests that need Apache Kafka (install Java 17 and Maven):")
-            for nodeid in not_run:
-                write(f"  {nodeid}")
+    if not_run:
+        missing = " and ".join(name for name, present in NEEDS if not present)
+        write(f"NOT RUN: {len(not_run)} tests, because {missing} missing here:")
+        for nodeid in not_run:
+            write(f"  {nodeid}")
     if machine_binaries() is None:
         write("NOT RUN: migrations on the machine's own PostgreSQL (install one, 15 or newer); PostgreSQL 18 was used.")
 
@@ -210,14 +214,18 @@ class Bus:
 
     async def read(self, topic: str) -> list[Any]:
         """Every record of the topic from its beginning to its present end, in offset order within partitions."""
-        consumer = AIOKafkaConsumer(bootstrap_servers=self.bootstrap, enable_auto_commit=False, fetch_max_wait_ms=20)
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self.bootstrap,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            fetch_max_wait_ms=20,
+        )
         await consumer.start()
         try:
             metadata = await consumer._client.fetch_all_metadata()
             partitions = [TopicPartition(topic, number) for number in metadata.partitions_for_topic(topic) or ()]
             consumer.assign(partitions)
             ends = await consumer.end_offsets(partitions)
-            await consumer.seek_to_beginning()
             records: list[Any] = []
             while any([await consumer.position(partition) < ends[partition] for partition in partitions]):
                 for some in (await consumer.getmany(timeout_ms=100)).values():
@@ -377,13 +385,19 @@ async def _read_logs(one: RunningService) -> None:
                 one.port = line["port"]
 
 
+@overload
 async def eventually(
-    check: Callable[[], T | Awaitable[T]],
+    check: Callable[[], Coroutine[Any, Any, T]], what: str = ..., service: Any = ..., *, timeout_s: float = ...
+) -> T: ...
+@overload
+async def eventually(check: Callable[[], T], what: str = ..., service: Any = ..., *, timeout_s: float = ...) -> T: ...
+async def eventually(
+    check: Callable[[], Any],
     what: str = "the condition holds",
     service: RunningService | None = None,
     *,
     timeout_s: float = 20,
-) -> T:
+) -> Any:
     """Poll `check` until it returns something true; AssertionError with what was waited for after the deadline."""
     deadline = time.monotonic() + timeout_s
     last: object = None

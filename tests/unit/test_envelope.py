@@ -593,3 +593,73 @@ def test_a_dead_letter_keeps_its_headers_and_gets_ours() -> None:
     assert dead_letter_headers(record, letter, NOW) == [("a", b"\xff"), ("a", b"2"), *ours]
     assert stub_headers("in", 7, 99, 99, letter, NOW) == ours
     assert stub_headers("in", 7, 99, 101, letter, NOW)[2] == ("dead-letter-offset", b"99-101")
+
+
+def nested(depth: int, more: bytes = b"") -> Bytes:
+    value = json.dumps(hint()).encode().replace(b'"to_status"', b'"x":' + b"[" * depth + b"]" * depth + b',"to_status"')
+    return Bytes(value.replace(b'"x":', more + b'"x":'))
+
+
+def deep_in_the_stack(frames: int, record: Bytes) -> str:
+    return deep_in_the_stack(frames - 1, record) if frames else reason(record)
+
+
+@pytest.mark.parametrize("more", [b"", b'"y":"\\ud800",', b'"y":"\\\\\\ud800\\ud83d\\ude00",'])
+@pytest.mark.parametrize(("depth", "expected"), [(100, "StatusHint"), (980, "StatusHint"), (1_100, "not_json")])
+def test_deep_nesting_gets_the_same_answer_wherever_it_is_decoded(depth: int, expected: str, more: bytes) -> None:
+    assert reason(nested(depth, more)) == deep_in_the_stack(400, nested(depth, more)) == expected
+
+
+@pytest.mark.parametrize("number", [b"1e999", b"-1e999", b"9" * 5_000, b"9" * 400])
+def test_numbers_too_huge_for_the_parser_are_not_json(number: bytes) -> None:
+    value = json.dumps(hint()).encode().replace(b'"to_status"', b'"x":' + number + b',"to_status"')
+    assert reason(Bytes(value)) == reason(Bytes(value.replace(b'"x"', b'"y":"\\ud800","x"'))) == "not_json"
+
+
+@pytest.mark.parametrize(
+    ("escaped", "expected"),
+    [
+        (rb"\ud83d\ude00", "StatusHint"),  # a pair
+        (rb"\\ud800", "StatusHint"),  # a backslash, then letters
+        (rb"\\\ud800", "not_cloudevent"),
+        (rb"\uD83D\uD83D\uDE00", "not_cloudevent"),
+        (rb"\udc00", "not_cloudevent"),
+        (rb"\ud800\n", "not_cloudevent"),
+        (rb"\ud80", "not_json"),
+        (rb"\ud800\x", "not_json"),
+    ],
+)
+def test_lone_surrogates_are_found_among_other_escapes(escaped: bytes, expected: str) -> None:
+    assert reason(Bytes(json.dumps(hint()).encode().replace(b"h-1", escaped))) == expected
+
+
+def test_a_null_data_base64_is_absent() -> None:
+    assert reason(structured(hint(data_base64=None))) == "StatusHint"
+
+
+def test_ce_headers_beside_a_cloudevents_content_type_are_copies() -> None:
+    headers = [("ce_type", b"x"), ("Content-Type", b"application/cloudevents+json; charset=UTF-8")]
+    assert reason(Bytes(json.dumps(hint()).encode(), headers)) == "StatusHint"
+
+
+@pytest.mark.parametrize(
+    ("event", "place"),
+    [
+        (hint(id=""), "header ce_id"),
+        (hint(type="x"), "header ce_type"),
+        (hint(data={}), "$.campaign_id"),
+        (hint(data=hint_data(to_status="")), "$.to_status"),
+    ],
+)
+def test_in_binary_mode_the_error_names_the_header_or_the_path_in_the_value(
+    event: dict[str, object], place: str
+) -> None:
+    decoded = one(binary(event))
+    assert isinstance(decoded, DeadLetter)
+    assert decoded.error.startswith(place + ":")
+
+
+def test_an_extension_of_unknown_name_is_not_named() -> None:
+    decoded = one(structured(hint(**{CANARY: "\x00"})))
+    assert isinstance(decoded, DeadLetter)
+    assert CANARY not in decoded.error

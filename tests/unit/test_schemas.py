@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from consumer.envelope import DeadLetter, decode
+from consumer.envelope import Cause, DeadLetter, decode, encode
 from schemas import events, topics
 from schemas.events import (
     CampaignPausedV1,
@@ -17,6 +18,7 @@ from schemas.events import (
     CampaignSyncRejectedV1,
     CampaignSyncRequestedV1,
     DeadLetterReason,
+    Envelope,
     PauseReason,
     ProspectStatusChangedV1,
     RejectionReason,
@@ -219,3 +221,25 @@ def test_schemas_needs_pydantic_only() -> None:
     assert _import_alone("schemas.events, schemas.topics") == 0
     assert _import_alone("consumer.envelope") != 0  # the control: the hook does refuse
     assert (ROOT / "schemas" / "py.typed").exists()
+
+
+@pytest.mark.parametrize("model", VALID)
+def test_patterns_are_ones_that_any_json_schema_validator_knows(model: type[BaseModel]) -> None:
+    schema = json.dumps(model.model_json_schema())
+    assert "\\\\A" not in schema
+    assert "\\\\z" not in schema
+
+
+@pytest.mark.parametrize("model", VALID)
+def test_readers_ignore_fields_they_do_not_know(model: type[BaseModel]) -> None:
+    model.model_validate_json(json.dumps({**VALID[model], "of_next_year": 1}))
+
+
+def test_a_whole_event_is_read_with_its_envelope() -> None:
+    moment = datetime(2026, 4, 18, 15, 12, tzinfo=UTC)
+    value = encode(
+        type=events.PAUSED, id="1", time=moment, subject=CAMPAIGN, data=VALID[CampaignPausedV1], cause=Cause("h", "c")
+    )
+    event = Envelope[CampaignPausedV1].model_validate_json(value)
+    assert (event.time, str(event.subject), event.causationid, event.correlationid) == (moment, CAMPAIGN, "h", "c")
+    assert event.data.reason is PauseReason.BOUNCE_RATE
