@@ -1,6 +1,6 @@
 """What the proof looks at: rows and events as plain values, read after the service has ended; and what it finds.
 
-Shares no code with the service, on purpose: its own SQL, the standard library's JSON, the documented rule written again.
+Shares no code with the service, on purpose: its own SQL, the standard library's JSON.
 """
 
 import json
@@ -135,9 +135,7 @@ async def read_campaigns(connection: "asyncpg.Connection[asyncpg.Record]") -> di
     for row in await connection.fetch(
         "SELECT campaign_id, id, status, contacted_at, bounced_at FROM public.campaign_prospects"
     ):
-        prospects[row["campaign_id"]].append(
-            Prospect(row["id"], row["status"], row["contacted_at"], row["bounced_at"])
-        )
+        prospects[row["campaign_id"]].append(Prospect(row["id"], row["status"], row["contacted_at"], row["bounced_at"]))
     limits = {
         (row["scope"], row["id"]): row
         for row in await connection.fetch(

@@ -1,4 +1,4 @@
-"""Where the demo happens: a private folder, a PostgreSQL and a Kafka, embedded or given; nothing of it is left behind."""
+"""Where the demo happens: a private folder, a PostgreSQL and a Kafka, embedded or given; nothing of it is left."""
 
 import asyncio
 import contextlib
@@ -69,7 +69,7 @@ async def finish(work: Awaitable[T], hurry: Callable[[], None] = lambda: None) -
 async def start(server: Server, begin: Callable[[], None], stack: AsyncExitStack) -> None:
     """Start a child; it is ended with the stack, also when starting it fails or is interrupted."""
     stack.callback(server.stop)
-    await finish(asyncio.to_thread(begin), server.kill)
+    await finish(asyncio.to_thread(begin), server.stop)
 
 
 def private_folder(stack: AsyncExitStack) -> Path:

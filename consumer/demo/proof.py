@@ -104,7 +104,7 @@ def followers(campaigns: Mapping[UUID, Campaign], events: Iterable[Event]) -> Ch
 
 
 def answers(asked: Mapping[str, Asked], events: Iterable[Event]) -> Check:
-    """Every sync request: one answer (repetitions have its id), of the expected type, found by its causationid alone."""
+    """Every sync request: one answer (repetitions have its id) of the expected type, found by its causationid."""
     check = Check("every sync request got its one answer (requests)")
     caused: dict[str, list[Event]] = defaultdict(list)
     for event in events:
@@ -124,9 +124,7 @@ def answers(asked: Mapping[str, Asked], events: Iterable[Event]) -> Check:
 def _fits(answer: Event) -> bool:
     if answer.type == SYNC_REJECTED:
         return answer.data == {"campaign_id": str(answer.campaign), "reason": "not_found"}
-    return bool(
-        answer.data["campaign"]["id"] == str(answer.campaign) and answer.data["trigger"] == "sync_requested"
-    )
+    return bool(answer.data["campaign"]["id"] == str(answer.campaign) and answer.data["trigger"] == "sync_requested")
 
 
 def dead_letters(garbage: Sequence[bytes], letters: Sequence[DeadLetter]) -> Check:

@@ -9,8 +9,8 @@ from uuid import UUID
 
 from aiokafka import AIOKafkaConsumer
 
-from consumer.demo.place import Place
 from consumer.demo.evidence import DeadLetter, Event
+from consumer.demo.place import Place
 from schemas.events import PAUSED, STATS_UPDATED
 
 POLL_MS: Final = 100

@@ -76,9 +76,8 @@ class Desk:
 class Mailbox:
     """Publishes hints and sync requests in small batches, after the commit they speak of; some later than that."""
 
-    def __init__(self, place: Place, tally: Counter[str]) -> None:
+    def __init__(self, place: Place) -> None:
         self._place = place
-        self._tally = tally
         self._publisher = Publisher(place.kafka, idempotence=not place.embedded_kafka)
         self._waiting: list[tuple[float, Outgoing]] = []  # (monotonic time from which it may go, record)
 
@@ -86,7 +85,9 @@ class Mailbox:
         """Publish it soon, or `after_s` seconds from now."""
         self._waiting.append((time.monotonic() + after_s, record))
 
-    def hint(self, campaign: UUID, prospect: UUID, before: str | None, after: str, *, copies: int, late_s: float) -> None:
+    def hint(
+        self, campaign: UUID, prospect: UUID, before: str | None, after: str, *, copies: int, late_s: float
+    ) -> None:
         """A `prospect.status_changed.v1`; copies share one id."""
         data = {"campaign_id": str(campaign), "prospect_id": str(prospect), "to_status": after}
         if before is not None:
@@ -124,7 +125,6 @@ class Mailbox:
             if not due:
                 return
             sent = await self._publisher.publish(due)
-            self._tally["events"] += sum(outcome.error is None for outcome in sent)
             due = [record for record, outcome in zip(due, sent, strict=True) if outcome.error is not None]
         if due:
             raise DemoFailed("Kafka does not acknowledge what the upstream publishes")

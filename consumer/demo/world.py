@@ -1,4 +1,4 @@
-"""Forty campaigns with 30 000 prospects: healthy ones, some whose mail will bounce, some whose stored stats are wrong."""
+"""Forty campaigns with 30 000 prospects: healthy ones, some whose mail will bounce, some with wrong stored stats."""
 
 import random
 from collections import Counter
@@ -83,15 +83,15 @@ def make_world() -> list[Campaign]:
         return campaign
 
     troubled = [
-        (add("email", "List bought in spring", Role.BOUNCING), 8, dict(pending=500, sent=59, bounced=1)),
-        (add("email", "Trade fair badges", Role.BOUNCING), 4, dict(pending=700, sent=392, bounced=8)),
-        (add("email", "Newsletter of 2019", Role.BOUNCING), 3, dict(pending=900, sent=440, bounced=0)),
-        (add("email", "Purchased leads EMEA", Role.BOUNCING), 5, dict(pending=600, sent=96, bounced=2)),
+        (add("email", "List bought in spring", Role.BOUNCING), 8, (500, 59, 1)),
+        (add("email", "Trade fair badges", Role.BOUNCING), 4, (700, 392, 8)),
+        (add("email", "Newsletter of 2019", Role.BOUNCING), 3, (900, 440, 0)),
+        (add("email", "Purchased leads EMEA", Role.BOUNCING), 5, (600, 96, 2)),
     ]
     _fill(troubled[2][0], chance, now - timedelta(days=60), sent=500, bounced=60)  # before its window of 500
-    for campaign, every, numbers in troubled:
+    for campaign, every, (pending, sent, bounced) in troubled:
         campaign.bounce_every = every
-        _fill(campaign, chance, now, **numbers)
+        _fill(campaign, chance, now, pending=pending, sent=sent, bounced=bounced)
     _fill(add("email", "New sender on trial", Role.OBSERVED), chance, now, pending=200, sent=280, bounced=20)
     strict = add("email", "Board members", Role.STRICT, user=careful)
     _fill(strict, chance, now, pending=150, sent=291, bounced=9)
@@ -118,7 +118,9 @@ def make_world() -> list[Campaign]:
         size = share + (rest if place == 0 else 0)
         if campaign.type == "email":
             campaign.bounce_every = 80
-            _fill(campaign, chance, now, pending=size - 420, sent=250, completed=120, replied=30, timed_out=16, bounced=4)
+            _fill(
+                campaign, chance, now, pending=size - 420, sent=250, completed=120, replied=30, timed_out=16, bounced=4
+            )
         else:
             _fill(campaign, chance, now, pending=size - 400, connection_sent=180, connected=90, message_sent=80,
                   replied=40, completed=10)  # fmt: skip
@@ -156,7 +158,8 @@ async def load(database_url: str, world: Sequence[Campaign]) -> None:
                 if c.role in (Role.OBSERVED, Role.STRICT)
             ]
             await connection.executemany(
-                "INSERT INTO campaign_stats.guard_limits (scope, id, mode, threshold_bp) VALUES ($1, $2, $3, $4)", limits
+                "INSERT INTO campaign_stats.guard_limits (scope, id, mode, threshold_bp) VALUES ($1, $2, $3, $4)",
+                limits,
             )
         await connection.execute("VACUUM (ANALYZE) campaigns, campaign_prospects")
     finally:

@@ -6,6 +6,7 @@ QUICK=1 measures less, and says so.
 
 import asyncio
 import json
+import logging
 import os
 import shutil
 import signal
@@ -46,6 +47,7 @@ def main() -> int:
         return 2
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # NotLeader right after a topic was made is normal
     quick = os.environ.get("QUICK", "") not in ("", "0")
     plan = QUICK if quick else FULL
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)

@@ -123,11 +123,19 @@ def campaign_ids(count: int, seed: int = 1) -> list[UUID]:
 
 
 def zipf(ids: Sequence[UUID], hints: int, seed: int) -> list[UUID]:
-    """Which campaign each hint is for; the k-th most frequent one has weight 1/k, which one that is depends on `seed`."""
+    """Which campaign each hint is for: the k-th most frequent one has weight 1/k; `seed` decides which one that is.
+
+    Every campaign is among them, as every campaign changes: what the dice left out takes places of the most frequent.
+    """
     dice = random.Random(seed)
     ranked = dice.sample(ids, len(ids))
     weights = list(itertools.accumulate(1 / rank for rank in range(1, len(ids) + 1)))
-    return dice.choices(ranked, cum_weights=weights, k=hints)
+    draws = dice.choices(ranked, cum_weights=weights, k=hints)
+    forgotten = sorted(set(ids) - set(draws))
+    plenty = [place for place, campaign in enumerate(draws) if campaign == ranked[0]]
+    for place, campaign in zip(dice.sample(plenty, len(forgotten)), forgotten, strict=True):
+        draws[place] = campaign
+    return draws
 
 
 def stats_of(counts: Mapping[str, int]) -> dict[str, int]:

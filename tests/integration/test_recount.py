@@ -44,7 +44,7 @@ async def recount(connection: asyncpg.Connection, *campaign_ids: UUID, caller: s
 async def overlapping_rounds(
     database_url: str, recounter: Callable[[asyncpg.Connection, UUID], Awaitable[None]], rounds: int
 ) -> int:
-    """A product transaction holds the campaign's row; a recount comes meanwhile and nothing follows it: stale rounds."""
+    """The product holds the campaign's row, a recount comes meanwhile, nothing follows it: how many rounds went stale."""
     product, ours, watcher = [await asyncpg.connect(database_url) for _ in range(3)]
     for connection in (product, ours, watcher):
         await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)

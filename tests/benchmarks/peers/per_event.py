@@ -1,10 +1,10 @@
 """The consumer a team would write first: one event at a time, its own recount, publish, commit, in order.
 
 Reading with `async for` and committing `{partition: offset + 1}` by hand after the work is the at-least-once form of
-aiokafka's own documentation (https://aiokafka.readthedocs.io/en/stable/consumer.html, "Manual vs automatic committing");
-`send_and_wait` is that of its page "Producer client". Lock, count, update, commit, then publish: as a request handler for
-one campaign would do it. Tuned where that costs no line: one session, whose statements asyncpg keeps prepared, the index
-that the count needs, one pass of pydantic over the bytes, no linger.
+aiokafka's documentation (https://aiokafka.readthedocs.io/en/stable/consumer.html, "Manual vs automatic committing");
+`send_and_wait` is that of its page "Producer client". Lock, count, update, commit, then publish: as a request handler
+for one campaign would do it. Tuned where that costs no line: one session, whose statements asyncpg keeps prepared, the
+index that the count needs, one pass of pydantic over the bytes, no linger.
 
 Settings from the environment: DATABASE_URL, KAFKA_BOOTSTRAP_SERVERS, INPUT_TOPIC, OUTPUT_TOPIC, GROUP_ID.
 """

@@ -1,0 +1,600 @@
+"""The pipeline against a fake group and a fake store: offsets never pass a hint that is neither done nor deferred."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from consumer import health as health_module
+from consumer import pipeline as pipeline_module
+from consumer.envelope import DeadLetter, Record
+from consumer.errors import OwnershipLost, Unavailable
+from consumer.generation import Partition
+from consumer.guard import Limits
+from consumer.health import Health
+from consumer.metrics import Metrics
+from consumer.outcome import Campaign, Held, Outcome, Recount
+from consumer.pipeline import Pipeline
+from consumer.recount import Rules, WindowRead
+from tests.unit.builders import (
+    NOW,
+    Bytes,
+    campaign,
+    held,
+    hint_event,
+    recount,
+    request_event,
+    structured,
+)
+
+TOPIC = "prospect.status-changed"
+CHUNK = 4  # campaigns, so that a generation has several chunks
+STEPS = 5_000  # turns of the event loop; far more than any example needs
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_and_impatient() -> object:
+    """Small chunks, and no waiting between tries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(health_module, "FIRST_BACKOFF_S", 0.0)
+        patch.setattr(pipeline_module, "CHUNK_CAMPAIGNS", CHUNK)
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    partition: Partition
+    records: Sequence[Bytes]
+    next_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    partition: Partition
+    first: int
+    last: int
+    error: str = "CorruptRecordException"
+    too_large: bool = False
+
+
+@dataclass
+class World:
+    """What is true outside: who is done, deferred, answered; and how the next operations end (`ok` when used up)."""
+
+    store_plan: list[str] = field(default_factory=list)
+    commit_plan: list[str] = field(default_factory=list)
+    letter_plan: list[str] = field(default_factory=list)
+    is_forgetful: bool = False
+    log: list[str] = field(default_factory=list)
+    delivered: list[Bytes] = field(default_factory=list)
+    done: set[Bytes] = field(default_factory=set)
+    outcomes: list[Outcome] = field(default_factory=list)
+    committed: dict[Partition, int] = field(default_factory=dict)
+    hold: asyncio.Event | None = None  # transactions wait for it
+
+    def record(self, partition: int, offset: int, kind: str) -> Bytes:
+        """The record at this place; `shared` hints are all for one campaign, others for one each."""
+        number = 10_000 * partition + offset
+        identity = f"{partition}-{offset}"
+        value: bytes | None
+        match kind:
+            case "shared":
+                value = json.dumps(hint_event(99_999, id=identity)).encode()
+            case "request":
+                value = json.dumps(request_event(number, id=identity)).encode()
+            case "bad":
+                value = b"no json"
+            case "tombstone":
+                value = None
+            case _:
+                value = json.dumps(hint_event(number, id=identity)).encode()
+        return Bytes(value, topic=TOPIC, partition=partition, offset=offset)
+
+    def is_done(self, record: Bytes) -> bool:
+        return record.value is None or record in self.done
+
+    def finish(self, known: Sequence[Bytes], recounted: set[UUID], outcome: Outcome) -> None:
+        """A transaction committed."""
+        if self.is_forgetful:
+            return
+        self.outcomes.append(outcome)
+        deferred = {deferral.work.campaign_id for deferral in outcome.deferrals}
+        kept = {request.cause.id for deferral in outcome.deferrals for request in deferral.work.requests}
+        answered = {json.loads(row.event).get("causationid") for row in outcome.outbox}
+        for record in known:
+            try:
+                event = json.loads(record.value or b"")
+            except ValueError:
+                continue
+            if event["type"].startswith("campaign.sync_requested"):
+                if event["id"] in kept | answered:
+                    self.done.add(record)
+            elif UUID(event["data"]["campaign_id"]) in recounted | deferred:
+                self.done.add(record)
+
+
+def next_of(plan: list[str]) -> str:
+    return plan.pop(0) if plan else "ok"
+
+
+class Source:
+    """The group's side: hands out what is pending, checks every commit that it accepts."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.pending: list[tuple[list[Batch], list[Passed]]] = []
+        self.bell = asyncio.Event()
+        self.polls = 0
+        self.paused = False
+
+    def deliver(self, batches: list[Batch], passed: Sequence[Passed] = ()) -> None:
+        self.pending.append((batches, list(passed)))
+        self.bell.set()
+
+    async def poll(self) -> tuple[list[Batch], list[Passed]]:
+        self.polls += 1
+        while not self.pending:
+            self.bell.clear()
+            await self.bell.wait()
+        batches, passed = self.pending.pop(0)
+        for batch in batches:
+            self.world.delivered.extend(batch.records)
+        return batches, passed
+
+    def pause(self) -> None:
+        self.paused = True
+        self.world.log.append("pause")
+
+    def resume(self) -> None:
+        self.paused = False
+        self.world.log.append("resume")
+
+    async def commit(self, offsets: Mapping[Partition, int]) -> None:
+        await asyncio.sleep(0)
+        match next_of(self.world.commit_plan):
+            case "away":
+                raise Unavailable("kafka", "no coordinator")
+            case "refused":
+                raise OwnershipLost("a rebalance is under way")
+        for partition, offset in offsets.items():
+            undone = [
+                record
+                for record in self.world.delivered
+                if (record.topic, record.partition) == partition
+                and record.offset < offset
+                and not self.world.is_done(record)
+            ]
+            assert not undone, f"offset {offset} of {partition} passes {undone[0].offset}, which is not done"
+            assert offset >= self.world.committed.get(partition, 0), "an older generation was committed after a newer"
+            self.world.committed[partition] = offset
+        self.world.log.append("commit")
+
+
+class Store:
+    """The database's side: a transaction that raises leaves no trace."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator["Transaction"]:
+        fate = next_of(self.world.store_plan)
+        await asyncio.sleep(0)
+        if fate == "away at begin":
+            raise Unavailable("database", "no connection")
+        turn = Transaction(self.world, fate)
+        yield turn
+        if self.world.hold is not None:
+            await self.world.hold.wait()
+        await asyncio.sleep(0)
+        if fate == "away at commit":
+            raise Unavailable("database", "lost at the commit")
+        self.world.finish(turn.known, turn.recounted, turn.outcome)
+        self.world.log.append("transaction")
+
+
+class Transaction:
+    """Records recounts; campaigns have their fate by number, so that it is the same at every try."""
+
+    def __init__(self, world: World, fate: str) -> None:
+        self.world = world
+        self.fate = fate
+        self.known: list[Bytes] = []
+        self.recounted: set[UUID] = set()
+        self.outcome = Outcome()
+
+    async def recount(self, campaign_ids: Sequence[UUID], caller: str) -> tuple[dict[UUID, Recount], dict[UUID, Held]]:
+        assert caller == "chunk"
+        assert 0 < len(set(campaign_ids)) == len(campaign_ids) <= CHUNK
+        self.known = list(self.world.delivered)
+        await asyncio.sleep(0)
+        if self.fate == "away":
+            raise Unavailable("database", "read-only")
+        if self.fate == "error":
+            raise ValueError("a trigger of the product raised")
+        recounts: dict[UUID, Recount] = {}
+        holds: dict[UUID, Held] = {}
+        for place, name in enumerate(campaign_ids):
+            if self.fate == "full" and place > 0:
+                holds[name] = held(campaign_id=name, reason="later")
+            elif name.bytes[0] % 5 == 0:
+                holds[name] = held(campaign_id=name, reason=("locked", "huge", "failing")[name.bytes[1] % 3])
+            else:
+                self.recounted.add(name)
+                if name.bytes[0] % 5 != 1:  # else it is gone
+                    recounts[name] = recount(campaign=campaign(id=name, type="linkedin"))
+        return recounts, holds
+
+    async def save(self, outcome: Outcome) -> None:
+        await asyncio.sleep(0)
+        if self.fate == "error at save":
+            raise ValueError("a value nobody thought of")
+        self.outcome = outcome
+
+    async def now(self) -> datetime:
+        return NOW
+
+    async def windows(self, candidates: Sequence[tuple[UUID, int, datetime | None]]) -> Mapping[UUID, WindowRead]:
+        raise AssertionError("nobody here is a candidate")
+
+    async def pause(self, campaign_ids: Sequence[UUID]) -> dict[UUID, tuple[datetime, Campaign]]:
+        raise AssertionError("nobody here is a candidate")
+
+    @asynccontextmanager
+    async def savepoint(self) -> AsyncIterator[None]:
+        yield
+
+
+class Letters:
+    """The dead-letter topic."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    async def records(self, letters: Sequence[tuple[Record, DeadLetter]]) -> None:
+        await asyncio.sleep(0)
+        if next_of(self.world.letter_plan) == "away":
+            raise Unavailable("kafka", "no broker")
+        for record, _ in letters:
+            assert isinstance(record, Bytes)
+            self.world.done.add(record)
+        self.world.log.append(f"{len(letters)} dead letters")
+
+    async def stubs(self, passed: Sequence[Passed]) -> None:  # type: ignore[override, unused-ignore]
+        await asyncio.sleep(0)
+        self.world.log.extend(f"stub {stub.first}-{stub.last}" for stub in passed)
+
+
+@dataclass
+class Run:
+    """A pipeline at work between the fakes."""
+
+    world: World
+    source: Source
+    pipeline: Pipeline
+    metrics: Metrics
+    tasks: list[asyncio.Task[None]]
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Let the tasks run until this holds; what a task raises is raised here."""
+        for _ in range(STEPS):
+            for task in self.tasks:
+                if task.done():
+                    task.result()
+            if condition():
+                return
+            await asyncio.sleep(0)
+        pytest.fail("what was waited for never happened")
+
+    async def steps(self, count: int) -> None:
+        for _ in range(count):
+            await self.until(lambda: True)
+            await asyncio.sleep(0)
+
+    def value(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(f"campaign_stats_{name}", labels) or 0.0
+
+
+@asynccontextmanager
+async def running(world: World) -> AsyncIterator[Run]:
+    source, metrics = Source(world), Metrics(CollectorRegistry())
+    woken: list[str] = world.log
+    pipeline = Pipeline(
+        source,
+        Store(world),
+        Letters(world),
+        Rules(Limits()),
+        metrics,
+        Health(),
+        wake_relay=lambda: woken.append("relay woken"),
+        wake_deferred=lambda: woken.append("deferred woken"),
+    )
+    pipeline.take_over([(TOPIC, 0), (TOPIC, 1)])
+    tasks = [asyncio.create_task(pipeline.fetch()), asyncio.create_task(pipeline.flush_for_ever())]
+    try:
+        yield Run(world, source, pipeline, metrics, tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def batch(world: World, partition: int, first: int, kinds: Sequence[str]) -> Batch:
+    records = [world.record(partition, first + place, kind) for place, kind in enumerate(kinds)]
+    return Batch((TOPIC, partition), records, first + len(kinds))
+
+
+async def play(world: World, kinds: Sequence[str], script: Sequence[tuple[str, int]]) -> None:
+    """Deliver, revoke and wait as the script says, then let everything succeed: all must come to its end."""
+    position = {0: 0, 1: 0}
+    furthest = {0: 0, 1: 0}
+
+    def deliver(run: Run, partition: int, count: int) -> None:
+        first = position[partition]
+        chosen = [kinds[(offset + partition) % len(kinds)] for offset in range(first, first + count)]
+        run.source.deliver([batch(world, partition, first, chosen)])
+        position[partition] += count
+        furthest[partition] = max(furthest[partition], position[partition])
+
+    async def rebalance(run: Run) -> None:
+        run.source.pending.clear()  # the client hands nothing out while a rebalance is under way
+        letting_go = asyncio.create_task(run.pipeline.let_go())
+        await run.until(letting_go.done)
+        for partition in position:
+            position[partition] = world.committed.get((TOPIC, partition), 0)
+        run.pipeline.take_over([(TOPIC, 0), (TOPIC, 1)])
+
+    async with running(world) as run:
+        for action, number in script:
+            match action:
+                case "deliver":
+                    deliver(run, number % 2, 1 + number // 2)
+                case "rebalance":
+                    await rebalance(run)
+                case _:
+                    await run.steps(number)
+        world.store_plan, world.commit_plan, world.letter_plan = [], [], []
+        await rebalance(run)
+        for partition in position:
+            if missing := furthest[partition] - position[partition]:
+                deliver(run, partition, missing)
+        await run.until(lambda: all(world.committed.get((TOPIC, p), 0) == furthest[p] for p in furthest))
+    assert all(world.is_done(record) for record in world.delivered)
+
+
+kinds_of = st.lists(
+    st.sampled_from(("own", "own", "own", "shared", "request", "bad", "tombstone")), min_size=1, max_size=9
+)
+scripts = st.lists(
+    st.tuples(st.just("deliver"), st.integers(0, 20))
+    | st.tuples(st.just("wait"), st.integers(1, 25))
+    | st.tuples(st.just("rebalance"), st.just(0)),
+    max_size=14,
+)
+STORE_FATES = ("ok", "ok", "away at begin", "away", "away at commit", "error", "error at save", "full")
+
+
+def survivable(plan: list[str]) -> list[str]:
+    """Without a second error in a row: a deferral that no outage kept from being saved is a bug and ends the process."""
+    return [
+        "ok" if "error" in before and "error" in fate else fate
+        for before, fate in zip(["ok", *plan], plan, strict=False)
+    ]
+
+
+@given(
+    kinds=kinds_of,
+    script=scripts,
+    store_plan=st.lists(st.sampled_from(STORE_FATES), max_size=14).map(survivable),
+    commit_plan=st.lists(st.sampled_from(("ok", "away", "refused")), max_size=8),
+    letter_plan=st.lists(st.sampled_from(("ok", "away")), max_size=6),
+)
+def test_offsets_never_pass_a_hint_that_is_neither_done_nor_deferred(
+    kinds: list[str],
+    script: list[tuple[str, int]],
+    store_plan: list[str],
+    commit_plan: list[str],
+    letter_plan: list[str],
+) -> None:
+    asyncio.run(play(World(store_plan, commit_plan, letter_plan), kinds, script))
+
+
+def test_the_property_above_can_fail() -> None:
+    """The control: a store that says it committed but forgot."""
+    with pytest.raises(AssertionError, match="offset 1 of .* passes 0, which is not done"):
+        asyncio.run(play(World(is_forgetful=True), ["own"], [("deliver", 0), ("wait", 25)]))
+
+
+async def test_an_offset_is_not_committed_while_an_older_generation_is_pending() -> None:
+    world = World(hold=asyncio.Event())
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own"])])
+        await run.steps(20)
+        run.source.deliver([batch(world, 0, 1, ["own"]), batch(world, 1, 0, ["bad", "tombstone"])])
+        await run.steps(50)
+        assert (world.committed, world.log) == ({}, [])
+        assert world.hold is not None
+        world.hold.set()
+        await run.until(lambda: world.committed == {(TOPIC, 0): 2, (TOPIC, 1): 2})
+    assert [entry for entry in world.log if entry in ("transaction", "commit")] == ["transaction", "commit"] * 2
+
+
+async def test_what_comes_while_the_database_is_busy_becomes_one_generation() -> None:
+    world = World(hold=asyncio.Event())
+    async with running(world) as run:
+        for offset in range(5):
+            run.source.deliver([batch(world, 0, offset, ["shared"])])
+            await run.steps(10)
+        assert world.hold is not None
+        world.hold.set()
+        await run.until(lambda: world.committed == {(TOPIC, 0): 5})
+        assert run.value("generations_total") == 2
+    assert len(world.outcomes) == 2
+
+
+async def test_dead_letters_are_acknowledged_before_their_offset_passes() -> None:
+    world = World(letter_plan=["away", "away"])
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["bad", "own", "bad"])])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 3})
+        assert run.value("dead_letters_total", reason="not_json") == 2
+    assert world.log.index("2 dead letters") < world.log.index("commit")
+
+
+async def test_an_offset_waits_for_a_dead_letter_topic_that_is_away() -> None:
+    world = World(letter_plan=["away"] * 1_000_000)
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["bad"])])
+        await run.steps(200)
+        assert world.committed == {}
+        assert run.value("dead_letters_total", reason="not_json") == 0
+
+
+async def test_what_cannot_be_handed_out_leaves_a_stub_before_its_offset_passes() -> None:
+    world = World()
+    async with running(world) as run:
+        passed = [Passed((TOPIC, 0), 0, 2), Passed((TOPIC, 1), 4, 4, too_large=True)]
+        run.source.deliver([Batch((TOPIC, 0), (), 3)], passed)
+        await run.until(lambda: world.committed == {(TOPIC, 0): 3})
+        assert run.value("dead_letters_total", reason="unreadable") == 1
+        assert run.value("dead_letters_total", reason="too_large") == 1
+    assert world.log == ["stub 0-2", "stub 4-4", "0 dead letters", "commit"]
+
+
+async def test_an_outage_repeats_the_chunk_and_defers_nothing() -> None:
+    world = World(store_plan=["away at begin", "away", "away at commit"])
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["shared"])])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 1})
+        assert run.value("chunks_failed_total") == 0
+        assert run.value("recounts_total", caller="chunk") == 1
+    [outcome] = world.outcomes
+    assert outcome.deferrals == []
+
+
+@pytest.mark.parametrize("fate", ["error", "error at save"])
+async def test_any_other_error_defers_the_whole_chunk_one_by_one_and_the_next_chunk_goes_on(fate: str) -> None:
+    world = World(store_plan=[fate])
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own"] * (CHUNK + 1) + ["request"])])
+        await run.until(lambda: world.committed == {(TOPIC, 0): CHUNK + 2})
+        assert run.value("chunks_failed_total") == 1
+    deferred, following = world.outcomes
+    assert [(deferral.reason, deferral.delay_s) for deferral in deferred.deferrals] == [("alone", 0.0)] * CHUNK
+    assert deferred.recounted == 0
+    requests = [request for deferral in deferred.deferrals for request in deferral.work.requests]
+    assert [request.cause.id for request in requests] == [f"0-{CHUNK + 1}"]
+    assert len(following.deferrals) + following.recounted + following.missing == 2
+    assert "deferred woken" in world.log
+
+
+async def test_a_deferral_that_met_an_outage_is_tried_again_with_its_chunk() -> None:
+    world = World(store_plan=["error", "away at commit"])
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["shared"])])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 1})
+    [outcome] = world.outcomes
+    assert outcome.recounted == 1
+
+
+async def test_a_full_chunk_leaves_the_rest_to_the_next_one() -> None:
+    world = World(store_plan=["full", "full"])
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own"] * 3)])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 3})
+    assert [len(outcome.later) for outcome in world.outcomes] == [2, 1, 0]
+
+
+async def test_a_revocation_lets_the_running_chunk_finish_and_drops_the_rest() -> None:
+    world = World(hold=asyncio.Event())
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own"] * (3 * CHUNK))])
+        await run.steps(20)
+        letting_go = asyncio.create_task(run.pipeline.let_go())
+        await run.steps(20)
+        assert not letting_go.done()
+        assert world.hold is not None
+        world.hold.set()
+        await run.until(letting_go.done)
+        await run.steps(20)
+        assert run.value("commits_refused_total") == 1
+        assert run.pipeline.assigned == frozenset()
+    assert len(world.outcomes) == 1
+    assert world.committed == {}
+
+
+async def test_what_was_collected_does_not_survive_into_a_new_assignment() -> None:
+    world = World(hold=asyncio.Event())
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own"])])
+        await run.steps(20)
+        run.source.deliver([batch(world, 0, 1, ["own", "bad"])], [Passed((TOPIC, 0), 3, 3)])
+        await run.steps(20)
+        letting_go = asyncio.create_task(run.pipeline.let_go())
+        assert world.hold is not None
+        world.hold.set()
+        await run.until(letting_go.done)
+        run.pipeline.take_over([(TOPIC, 1)])
+        run.source.deliver([batch(world, 1, 0, ["own"])])
+        await run.until(lambda: bool(world.committed))
+    assert world.committed == {(TOPIC, 1): 1}
+    assert "0 dead letters" not in world.log
+    assert "1 dead letters" not in world.log
+
+
+async def test_a_refused_commit_is_normal_and_the_next_generation_goes_on() -> None:
+    world = World(commit_plan=["refused"])
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own"])])
+        await run.until(lambda: run.value("commits_refused_total") == 1)
+        run.source.deliver([batch(world, 0, 1, ["own"])])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 2})
+
+
+async def test_a_flush_that_is_behind_pauses_fetching_and_polling_goes_on() -> None:
+    world = World(hold=asyncio.Event())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline_module, "COLLECT_AT_MOST", 5)
+        async with running(world) as run:
+            run.source.deliver([batch(world, 0, 0, ["own"])])
+            await run.steps(20)
+            run.source.deliver([batch(world, 0, 1, ["own"] * 4)])
+            await run.steps(20)
+            assert not run.source.paused
+            run.source.deliver([batch(world, 0, 5, ["own"])])
+            await run.until(lambda: run.source.paused)
+            await run.until(lambda: run.value("fetch_paused") == 1)
+            before = run.source.polls
+            for _ in range(3):
+                run.source.deliver([])
+            await run.steps(50)
+            assert run.source.polls == before + 3
+            assert world.log.count("pause") == 1
+            assert world.hold is not None
+            world.hold.set()
+            await run.until(lambda: world.committed == {(TOPIC, 0): 6})
+            assert not run.source.paused
+            assert world.log.count("resume") == 1
+
+
+async def test_records_are_counted_by_what_they_are() -> None:
+    world = World()
+    newer = structured(hint_event(type="prospect.status_changed.v2"), topic=TOPIC, offset=9)
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own", "shared", "request", "bad", "tombstone"])])
+        run.source.deliver([Batch((TOPIC, 0), [newer], 10)])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 10})
+        run.source.deliver([])
+        await run.until(lambda: run.source.polls == 4)
+        kinds = ("status_hint", "sync_request", "newer_version", "tombstone", "dead_letter")
+        assert [run.value("records_total", kind=kind) for kind in kinds] == [2, 1, 1, 1, 1]
+        assert run.value("generations_total") >= 1
+        assert run.value("collecting_records") == 0
