@@ -34,7 +34,7 @@ POLL_MS: Final = 500
 CALL_DEADLINE_S: Final = 10.0  # commits and look-ups hang while brokers are away; below the session's patience
 SEND_DEADLINE_S: Final = 10.0  # below idle_in_transaction_session_timeout: the relay sends inside a transaction
 START_DEADLINE_S: Final = 30.0
-STOP_DEADLINE_S: Final = 5.0
+STOP_DEADLINE_S: Final = 2.0
 MAX_BATCH_BYTES: Final = 256 * 1024
 MAX_REQUEST_BYTES: Final = 16 * 1024 * 1024  # above any broker's usual limit: the broker decides what is too large
 BIG_ROW_BYTES: Final = 128 * 1024  # larger rows get a batch of their own, so that one of them cannot spoil many
@@ -238,10 +238,12 @@ class Source:
             raise Unavailable("kafka", f"{type(error).__name__} while reading offsets") from error
         return {(partition.topic, partition.partition): offset for partition, offset in found.items()}
 
-    async def _getmany(self, partitions: Sequence[Any], timeout_ms: int) -> dict[Any, list[Any]]:
+    async def _getmany(
+        self, partitions: Sequence[Any], timeout_ms: int, *, records: int = POLL_RECORDS
+    ) -> dict[Any, list[Any]]:
         try:
             found: dict[Any, list[Any]] = await self._consumer.getmany(
-                *partitions, timeout_ms=timeout_ms, max_records=POLL_RECORDS
+                *partitions, timeout_ms=timeout_ms, max_records=records
             )
         except (CorruptRecordException, RecordTooLargeError, UnsupportedCodecError) as error:
             raise _BytesError(type(error).__name__) from error
@@ -275,27 +277,34 @@ class Source:
             self._broken[partition] = (begin, begin, "")
 
     async def _step_past(self, partition: Any, batches: list[Batch], passed: list[Passed]) -> None:
-        first, at, why = self._broken[partition]
+        """Go on record by record: hand out what can be, and count as passed what cannot, until a fetch succeeds again.
+
+        The client reads lazily, so records of the same batch before the broken ones come out; those after them cannot.
+        """
         name = (partition.topic, partition.partition)
-        self._consumer.seek(partition, at)
-        try:
-            found = await self._getmany([partition], STEP_MS)
-        except _BytesError as error:
-            self._broken[partition] = (first, at + 1, str(error))
-            return
-        if partition not in self._broken:
-            return  # taken away meanwhile
-        records = found.get(partition)
-        if not records and at < (await self.ends([name]))[name]:
-            return  # not fetched yet
-        last = (records[0].offset if records else at) - 1
-        if why:
-            passed.append(Passed(name, first, last, why, too_large=why == RecordTooLargeError.__name__))
-        del self._broken[partition]
-        if records:
-            self._deliver(found, batches)
-        else:
-            batches.append(Batch(name, (), at))
+        for _ in range(POLL_RECORDS):
+            first, at, why = self._broken[partition]
+            try:
+                found = await self._getmany([partition], STEP_MS, records=1)
+            except _BytesError as error:
+                self._broken[partition] = (first, at + 1, str(error))
+                self._consumer.seek(partition, at + 1)
+                return
+            if partition not in self._broken:
+                return  # taken away meanwhile
+            records = found.get(partition)
+            if not records and at < (await self.ends([name]))[name]:
+                return  # not fetched yet
+            next_offset = records[-1].offset + 1 if records else at
+            if why:
+                last = (records[0].offset if records else at) - 1
+                passed.append(Passed(name, first, last, why, too_large=why == RecordTooLargeError.__name__))
+            self._next[partition] = next_offset
+            batches.append(Batch(name, records or (), next_offset))
+            if why or not records:
+                del self._broken[partition]  # past it; the next poll reads on as usual
+                return
+            self._broken[partition] = (next_offset, next_offset, "")
 
 
 class _BytesError(Exception):

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import os
 import shutil
 import socket
 import subprocess
@@ -10,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from consumer.demo.servers import Server, ServerFailed, free_port
+from consumer.demo.servers import Server, ServerFailed, free_port, refuse_taken
 
 KAFKA_VERSION: Final = "4.3.1"
 REPOSITORY: Final = Path(__file__).parent.parent
@@ -38,7 +37,9 @@ def kafka_jars() -> Path:
     with (cache / "kafka.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not jars.exists():
-            unfinished = cache / f"kafka-{KAFKA_VERSION}.{os.getpid()}"
+            for left in cache.glob("kafka-*.unfinished"):  # of a run that was killed
+                shutil.rmtree(left)
+            unfinished = cache / f"kafka-{KAFKA_VERSION}.unfinished"
             fetched = subprocess.run(
                 ["mvn", "-q", "-B", "-f", REPOSITORY / "tests" / "kafka" / "pom.xml", "dependency:copy-dependencies",
                  "-DincludeScope=runtime", f"-DoutputDirectory={unfinished}"],
@@ -68,8 +69,9 @@ class ApacheKafka(Server):
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Format the storage if it is new, start, wait until it accepts connections."""
+        """Format the storage if it is new, start, wait until it accepts connections. Raises ServerFailed."""
         jars = kafka_jars()
+        refuse_taken(self.port)
         self.directory.mkdir(parents=True, exist_ok=True)
         data = self.directory / "log"
         settings = {
@@ -94,13 +96,8 @@ class ApacheKafka(Server):
         log4j = self.directory / "log4j2.properties"
         log4j.write_text(LOG4J)
         java = ["java", "-Xms256m", "-Xmx512m", "-cp", f"{jars}/*", f"-Dlog4j2.configurationFile={log4j}"]
-        if not data.exists():
-            formatted = subprocess.run(
-                [*java, "kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", properties],
-                capture_output=True, text=True, check=False, cwd=self.directory, stdin=subprocess.DEVNULL,
-            )  # fmt: skip
-            if formatted.returncode != 0:
-                raise ServerFailed(f"formatting Kafka's storage failed:\n{formatted.stderr[-2000:]}")
+        if not (data / "meta.properties").exists():  # written last
+            self.prepare([*java, "kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(properties)])
         self.spawn([*java, "kafka.Kafka", str(properties)])
         self.wait_until_ready()
 

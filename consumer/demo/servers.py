@@ -5,10 +5,10 @@ leaves a server behind, as root it makes an account, and it cannot run the machi
 """
 
 import contextlib
-import grp
 import importlib.util
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -22,7 +22,10 @@ from urllib.parse import quote
 
 START_DEADLINE_S: Final = 60.0
 STOP_DEADLINE_S: Final = 15.0
-PORT_TRIES: Final = 3
+PORTS: Final = (20_000, 32_000)  # below the ports of outgoing connections: a restart must get its own port back
+SOCKET_PATH_BYTES: Final = 107  # the longest path of a Unix socket on Linux
+
+_handed_out: set[int] = set()
 
 
 class ServerFailed(Exception):
@@ -30,11 +33,25 @@ class ServerFailed(Exception):
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody uses at this moment."""
+    """A TCP port on loopback that nobody uses at this moment, another one at each call."""
+    for _ in range(1_000):
+        port = random.randrange(*PORTS)  # spreads, guards nothing
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in _handed_out:
+                _handed_out.add(port)
+                return port
+    raise ServerFailed(f"no free port on loopback between {PORTS[0]} and {PORTS[1]}")
+
+
+def refuse_taken(port: int) -> None:
+    """Raises ServerFailed when somebody listens there: his answer would pass for our child's."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections of an earlier start are fine
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ServerFailed(f"port {port} on loopback is taken by another program") from error
 
 
 class Server:
@@ -74,12 +91,29 @@ class Server:
                 **_as(account),
             )
 
+    def prepare(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        account: str | None = None,
+        deadline_s: float = START_DEADLINE_S,
+    ) -> None:
+        """Run a program to its end before the server starts; `stop` and `kill` end it too. Raises ServerFailed."""
+        self.spawn(command, env=env, account=account)
+        process = self.process
+        if process is None or process.wait(deadline_s) != 0:
+            raise ServerFailed(f"{Path(command[0]).name} failed before {self.name} could start:\n{self.last_lines()}")
+        self.process = None
+
     def wait_until_ready(self, *, deadline_s: float = START_DEADLINE_S) -> None:
         """Poll `is_ready`. Raises ServerFailed when the child ends or the deadline passes."""
         give_up = time.monotonic() + deadline_s
-        while not self.is_ready():
+        while True:
             if self.process is None or self.process.poll() is not None:
                 raise ServerFailed(f"{self.name} ended while starting:\n{self.last_lines()}")
+            if self.is_ready():
+                return
             if time.monotonic() > give_up:
                 raise ServerFailed(f"{self.name} was not ready after {deadline_s:g} s:\n{self.last_lines()}")
             time.sleep(0.05)
@@ -96,24 +130,33 @@ class Server:
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         """End it: a signal, and SIGKILL for the whole session after the deadline. Does nothing when it does not run."""
-        process, self.process = self.process, None
+        process = self.process
         if process is None:
             return
-        if process.poll() is None:
-            process.send_signal(number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_DEADLINE_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            if process.poll() is None:
+                process.send_signal(number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(STOP_DEADLINE_S)
+        finally:
+            self.kill()  # also when a second Ctrl-C ends the wait
 
     def kill(self) -> None:
-        """SIGKILL, now, the whole session."""
-        process, self.process = self.process, None
-        if process is not None:
+        """SIGKILL, now, the whole session and its children; returns when they are gone."""
+        process = self.process
+        if process is None:
+            return
+        children = _children(process.pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for child in children:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                os.kill(child, signal.SIGKILL)
+        process.wait()
+        give_up = time.monotonic() + STOP_DEADLINE_S
+        while any(_runs(child) for child in children) and time.monotonic() < give_up:
+            time.sleep(0.01)
+        self.process = None
 
 
 class Postgres(Server):
@@ -142,32 +185,52 @@ class Postgres(Server):
         return f"postgresql://postgres@/{database}?host={quote(str(self.directory), safe='/')}&port={self.port}"
 
     def start(self) -> None:
-        """Make the cluster if there is none yet, start, wait until it accepts connections."""
+        """Make the cluster if there is none yet, start, wait until it accepts connections. Raises ServerFailed."""
+        if len(os.fsencode(self.directory / f".s.PGSQL.{self.port}")) > SOCKET_PATH_BYTES:
+            raise ServerFailed(f"{self.directory} is too long for a Unix socket: give a folder with a shorter path")
         account = unprivileged_account()
         self.directory.mkdir(parents=True, exist_ok=True)
         data = self.directory / "data"
         if account is not None:
-            owner = pwd.getpwnam(account)
-            os.chown(self.directory, owner.pw_uid, owner.pw_gid)
-            if not _reachable(self.binaries):
-                copy = self.directory / "postgresql"
-                if not copy.exists():
-                    shutil.copytree(self.binaries.parent, copy, symlinks=True)
-                self.binaries = copy / self.binaries.name
-        if not (data / "PG_VERSION").exists():
-            made = subprocess.run(
-                [self.binaries / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "-E", "UTF8", "--locale=C",
-                 "--no-sync"],
-                capture_output=True, text=True, cwd=self.directory, start_new_session=True, check=False, **_as(account),
+            self._hand_over(account)
+        if not data.exists():
+            unfinished = self.directory / "data.new"  # an interrupted initdb must not pass for a cluster
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self.prepare(
+                [str(self.binaries / "initdb"), "-D", str(unfinished), "-U", "postgres", "--auth=trust", "-E", "UTF8",
+                 "--locale=C", "--no-sync"],
+                account=account,
             )  # fmt: skip
-            if made.returncode != 0:
-                raise ServerFailed(f"initdb failed:\n{made.stderr.strip()}")
+            unfinished.rename(data)
         command = [str(self.binaries / "postgres"), "-D", str(data), "-k", str(self.directory), "-p", str(self.port)]
         command += ["-c", f"listen_addresses={'127.0.0.1' if self.tcp else ''}"]
         for name, value in self.options.items():
             command += ["-c", f"{name}={value}"]
         self.spawn(command, account=account)
         self.wait_until_ready()
+
+    def _hand_over(self, account: str) -> None:
+        """Give our folder to `account`, and a copy of the programs if it cannot reach them."""
+        if not _reachable(self.directory.resolve().parent):
+            raise ServerFailed(
+                f"PostgreSQL runs as `{account}` here, which may not enter {self.directory.parent}: give another folder"
+            )
+        owner = pwd.getpwnam(account)
+        os.chown(self.directory, owner.pw_uid, owner.pw_gid)
+        if not _reachable(self.binaries.resolve()):
+            installation, package = self.binaries.parent, self.binaries.parent.parent
+            copy = self.directory / "postgresql"
+            if not copy.exists():
+                unfinished = self.directory / "postgresql.new"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                shutil.copytree(installation, unfinished / package.name / installation.name, symlinks=True)
+                libraries = package.with_name(f"{package.name}.libs")  # a wheel's, found relative to its programs
+                if libraries.is_dir():
+                    shutil.copytree(libraries, unfinished / libraries.name, symlinks=True)
+                for path in (unfinished, *unfinished.rglob("*")):  # modes are copied: what root alone may read, too
+                    os.chown(path, owner.pw_uid, owner.pw_gid, follow_symlinks=False)
+                unfinished.rename(copy)
+            self.binaries = copy / package.name / installation.name / self.binaries.name
 
     def is_ready(self) -> bool:
         """Whether it accepts connections: the eighth line of its pid file says so."""
@@ -197,7 +260,8 @@ class EmbeddedBroker(Server):
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start and wait until it accepts connections."""
+        """Start and wait until it accepts connections. Raises ServerFailed."""
+        refuse_taken(self.port)
         self.directory.mkdir(parents=True, exist_ok=True)
         address = f"tcp://{self.bootstrap}"
         self.spawn(
@@ -246,10 +310,11 @@ def _package(name: str) -> Path:
 
 def machine_binaries() -> Path | None:
     """The programs of the machine's own PostgreSQL, the newest if there are several; None when there is none."""
-    candidates = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    numbered = [path for path in Path("/usr/lib/postgresql").glob("*/bin") if path.parent.name.isdecimal()]
+    candidates = sorted(numbered, key=lambda path: int(path.parent.name), reverse=True)
     if found := shutil.which("postgres"):
-        candidates.insert(0, Path(found).resolve().parent)
-    return next((path for path in reversed(candidates) if (path / "initdb").exists()), None)
+        candidates.append(Path(found).resolve().parent)
+    return next((path for path in candidates if (path / "initdb").exists()), None)
 
 
 def unprivileged_account() -> str | None:
@@ -266,7 +331,25 @@ def _as(account: str | None) -> dict[str, Any]:
     if account is None:
         return {}
     owner = pwd.getpwnam(account)
-    return {"user": owner.pw_uid, "group": grp.getgrgid(owner.pw_gid).gr_gid, "extra_groups": []}
+    return {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
+
+
+def _children(pid: int) -> list[int]:
+    """Its child processes. PostgreSQL's stand in sessions of their own: killing the group would leave them behind."""
+    children = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                children.append(int(folder.name))
+    return children
+
+
+def _runs(pid: int) -> bool:
+    """Whether it is still there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return False
 
 
 def _reachable(path: Path) -> bool:

@@ -44,7 +44,7 @@ async def recount(connection: asyncpg.Connection, *campaign_ids: UUID, caller: s
 async def overlapping_rounds(
     database_url: str, recounter: Callable[[asyncpg.Connection, UUID], Awaitable[None]], rounds: int
 ) -> int:
-    """The product holds the campaign's row, a recount comes meanwhile, nothing follows it: how many rounds went stale."""
+    """The product holds the row, a recount comes meanwhile and nothing follows: how many rounds went stale."""
     product, ours, watcher = [await asyncpg.connect(database_url) for _ in range(3)]
     for connection in (product, ours, watcher):
         await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
@@ -278,8 +278,9 @@ async def test_hot_statements_stay_on_their_indexes(db: asyncpg.Connection, quer
     if query == "outbox":
         await db.execute(
             "INSERT INTO campaign_stats.outbox (shard, campaign_id, type, event)"
-            " SELECT n % 32, gen_random_uuid(), 't', 'x' FROM generate_series(1, 20000) n; ANALYZE campaign_stats.outbox"
+            " SELECT n % 32, gen_random_uuid(), 't', 'x' FROM generate_series(1, 20000) n"
         )
+        await db.execute("ANALYZE campaign_stats.outbox")
     plan = json.dumps(await db.fetchval(f"EXPLAIN (FORMAT JSON) {statement}"))
     assert index in plan
     assert "Seq Scan" not in plan

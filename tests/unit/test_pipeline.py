@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from consumer import health as health_module
 from consumer import pipeline as pipeline_module
@@ -37,13 +38,14 @@ from tests.unit.builders import (
 
 TOPIC = "prospect.status-changed"
 CHUNK = 4  # campaigns, so that a generation has several chunks
+SHARED = 0  # is recounted at once, see Transaction
 STEPS = 5_000  # turns of the event loop; far more than any example needs
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_and_impatient() -> object:
+def small_and_impatient() -> Iterator[None]:
     """Small chunks, and no waiting between tries."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, capture_logs():
         patch.setattr(health_module, "FIRST_BACKOFF_S", 0.0)
         patch.setattr(pipeline_module, "CHUNK_CAMPAIGNS", CHUNK)
         yield
@@ -82,12 +84,12 @@ class World:
 
     def record(self, partition: int, offset: int, kind: str) -> Bytes:
         """The record at this place; `shared` hints are all for one campaign, others for one each."""
-        number = 10_000 * partition + offset
+        number = 1 + 10_000 * partition + offset
         identity = f"{partition}-{offset}"
         value: bytes | None
         match kind:
             case "shared":
-                value = json.dumps(hint_event(99_999, id=identity)).encode()
+                value = json.dumps(hint_event(SHARED, id=identity)).encode()
             case "request":
                 value = json.dumps(request_event(number, id=identity)).encode()
             case "bad":
@@ -207,7 +209,7 @@ class Transaction:
     def __init__(self, world: World, fate: str) -> None:
         self.world = world
         self.fate = fate
-        self.known: list[Bytes] = []
+        self.known = list(world.delivered)
         self.recounted: set[UUID] = set()
         self.outcome = Outcome()
 
@@ -268,7 +270,7 @@ class Letters:
             self.world.done.add(record)
         self.world.log.append(f"{len(letters)} dead letters")
 
-    async def stubs(self, passed: Sequence[Passed]) -> None:  # type: ignore[override, unused-ignore]
+    async def stubs(self, passed: Sequence[pipeline_module.Passed]) -> None:
         await asyncio.sleep(0)
         self.world.log.extend(f"stub {stub.first}-{stub.last}" for stub in passed)
 
@@ -409,7 +411,7 @@ def test_offsets_never_pass_a_hint_that_is_neither_done_nor_deferred(
 
 def test_the_property_above_can_fail() -> None:
     """The control: a store that says it committed but forgot."""
-    with pytest.raises(AssertionError, match="offset 1 of .* passes 0, which is not done"):
+    with pytest.raises(AssertionError, match=r"offset 1 of .* passes 0, which is not done"):
         asyncio.run(play(World(is_forgetful=True), ["own"], [("deliver", 0), ("wait", 25)]))
 
 
@@ -576,7 +578,7 @@ async def test_a_flush_that_is_behind_pauses_fetching_and_polling_goes_on() -> N
             for _ in range(3):
                 run.source.deliver([])
             await run.steps(50)
-            assert run.source.polls == before + 3
+            assert run.source.polls >= before + 3
             assert world.log.count("pause") == 1
             assert world.hold is not None
             world.hold.set()

@@ -1,7 +1,7 @@
 """The relay under any pattern of publish failures: in order, none lost, none deleted that was not acknowledged."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from uuid import UUID
@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from consumer import health as health_module
 from consumer.errors import Unavailable
@@ -21,9 +22,9 @@ from tests.unit.builders import campaign_id
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_waiting() -> object:
+def no_waiting() -> Iterator[None]:
     """Backing off is none of this file's business."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, capture_logs():
         patch.setattr(health_module, "FIRST_BACKOFF_S", 0.0)
         yield
 

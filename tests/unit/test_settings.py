@@ -1,0 +1,207 @@
+"""Settings: the documented defaults, every problem at once, no secret ever shown, nothing unsafe taken."""
+
+from pathlib import Path
+
+import pytest
+
+from consumer.errors import ConfigError
+from consumer.guard import Limits, Mode
+from consumer.settings import Settings, read_settings
+
+DATABASE_URL = "postgresql://service:hunter2-database@db.example/product"
+PASSWORD = "hunter2-kafka"
+SASL = {"KAFKA_SASL_MECHANISM": "SCRAM-SHA-512", "KAFKA_SASL_USERNAME": "service", "KAFKA_SASL_PASSWORD": PASSWORD}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Only the two required settings."""
+    import os
+
+    for name in list(os.environ):
+        if name.upper().startswith("CAMPAIGN_STATS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("DATABASE_URL", DATABASE_URL)
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "kafka.example:9092")
+    return monkeypatch
+
+
+def problems(monkeypatch: pytest.MonkeyPatch, **settings: str) -> tuple[str, ...]:
+    for name, value in settings.items():
+        monkeypatch.setenv(f"CAMPAIGN_STATS_{name}", value)
+    with pytest.raises(ConfigError) as raised:
+        read_settings()
+    return raised.value.problems
+
+
+DEFAULTS = {  # interface.md, section Settings
+    "kafka_security_protocol": "PLAINTEXT",
+    "kafka_sasl_mechanism": None,
+    "kafka_sasl_username": None,
+    "kafka_sasl_password": None,
+    "kafka_ssl_cafile": None,
+    "kafka_ssl_certfile": None,
+    "kafka_ssl_keyfile": None,
+    "topic_prefix": "",
+    "group": "campaign-stats",
+    "http_host": "127.0.0.1",
+    "http_port": 8080,
+    "guard_mode": Mode.ENFORCE,
+    "guard_threshold_bp": 500,
+    "guard_min_sent": 100,
+    "guard_window": 500,
+    "sweep_interval_s": 300,
+    "drift_grace_s": 60,
+    "shutdown_deadline_s": 8,
+    "retention_days": 90,
+    "fetch_max_wait_ms": 100,
+    "producer_idempotence": True,
+    "log_level": "INFO",
+}
+
+
+@pytest.mark.parametrize(("name", "default"), DEFAULTS.items())
+def test_defaults_are_the_documented_ones(name: str, default: object) -> None:
+    assert getattr(read_settings(), name) == default
+
+
+def test_the_default_limits_are_the_rule_of_the_guard() -> None:
+    assert read_settings().limits == Limits() == Limits(Mode.ENFORCE, 500, 100, 500)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "name", "expected"),
+    [
+        ("GUARD_MODE", "observe", "guard_mode", Mode.OBSERVE),
+        ("GUARD_THRESHOLD_BP", "10000", "guard_threshold_bp", 10_000),
+        ("GUARD_WINDOW", "0", "guard_window", 0),
+        ("SWEEP_INTERVAL_S", "0", "sweep_interval_s", 0.0),
+        ("SWEEP_INTERVAL_S", "0.05", "sweep_interval_s", 0.05),
+        ("DRIFT_GRACE_S", "1.5", "drift_grace_s", 1.5),
+        ("SHUTDOWN_DEADLINE_S", "0.5", "shutdown_deadline_s", 0.5),
+        ("HTTP_PORT", "0", "http_port", 0),
+        ("HTTP_PORT", "65535", "http_port", 65_535),
+        ("PRODUCER_IDEMPOTENCE", "false", "producer_idempotence", False),
+        ("LOG_LEVEL", "DEBUG", "log_level", "DEBUG"),
+        ("LOG_LEVEL", "", "log_level", "INFO"),  # empty is absent
+        ("KAFKA_SSL_CAFILE", "/etc/ca.pem", "kafka_ssl_cafile", Path("/etc/ca.pem")),
+        ("TOPIC_PREFIX", "eu.", "group", "eu.campaign-stats"),
+        ("GROUP_ID", "mine", "group", "mine"),
+    ],
+)
+def test_the_environment_sets_it(
+    environment: pytest.MonkeyPatch, variable: str, value: str, name: str, expected: object
+) -> None:
+    environment.setenv(f"CAMPAIGN_STATS_{variable}", value)
+    assert getattr(read_settings(), name) == expected
+
+
+def test_an_own_group_is_not_prefixed(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("CAMPAIGN_STATS_TOPIC_PREFIX", "eu.")
+    environment.setenv("CAMPAIGN_STATS_GROUP_ID", "mine")
+    assert read_settings().group == "mine"
+
+
+def test_the_two_customary_names_have_no_prefix(environment: pytest.MonkeyPatch) -> None:
+    settings = read_settings()
+    assert settings.database_url.get_secret_value() == DATABASE_URL
+    assert settings.kafka_bootstrap_servers == "kafka.example:9092"
+    environment.delenv("DATABASE_URL")
+    environment.delenv("KAFKA_BOOTSTRAP_SERVERS")
+    environment.setenv("CAMPAIGN_STATS_DATABASE_URL", DATABASE_URL)
+    missing = problems(environment, KAFKA_BOOTSTRAP_SERVERS="kafka.example:9092")
+    assert [problem.partition(":")[0] for problem in missing] == ["DATABASE_URL", "KAFKA_BOOTSTRAP_SERVERS"]
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings = read_settings()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.http_port = 1
+
+
+def test_all_wrong_values_are_listed_at_once_each_by_its_name(environment: pytest.MonkeyPatch) -> None:
+    environment.delenv("DATABASE_URL")
+    wrong = {
+        "KAFKA_SECURITY_PROTOCOL": "TLS",
+        "TOPIC_PREFIX": "eu/",
+        "HTTP_PORT": "65536",
+        "GUARD_MODE": "loud",
+        "GUARD_MIN_SENT": "many",
+        "SWEEP_INTERVAL_S": "-1",
+        "DRIFT_GRACE_S": "inf",
+        "SHUTDOWN_DEADLINE_S": "0",
+        "RETENTION_DAYS": "0",
+        "FETCH_MAX_WAIT_MS": "1.5",
+        "PRODUCER_IDEMPOTENCE": "perhaps",
+        "LOG_LEVEL": "LOUD",
+    }
+    named = {problem.partition(":")[0] for problem in problems(environment, **wrong)}
+    assert named == {"DATABASE_URL", *(f"CAMPAIGN_STATS_{name}" for name in wrong)}
+
+
+@pytest.mark.parametrize("name", ["GUARD_THRESHOLD_BP", "GUARD_MIN_SENT", "GUARD_WINDOW"])
+@pytest.mark.parametrize("value", ["500.5", "5e2", "5%", "five", "nan"])
+def test_the_guard_takes_no_fractions(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
+    [problem] = problems(environment, **{name: value})
+    assert problem.startswith(f"CAMPAIGN_STATS_{name}:")
+
+
+@pytest.mark.parametrize(
+    ("settings", "about"),
+    [
+        ({"GUARD_THRESHOLD_BP": "0"}, "threshold_bp"),
+        ({"GUARD_THRESHOLD_BP": "10001"}, "threshold_bp"),
+        ({"GUARD_MIN_SENT": "0"}, "min_sent"),
+        ({"GUARD_WINDOW": "99"}, "window"),
+        ({"GUARD_WINDOW": "-1"}, "window"),
+        ({"GUARD_MIN_SENT": "501"}, "window"),
+        ({"KAFKA_SECURITY_PROTOCOL": "SASL_SSL"}, "KAFKA_SASL_MECHANISM"),
+        ({**SASL, "KAFKA_SECURITY_PROTOCOL": "SSL"}, "KAFKA_SASL_MECHANISM"),
+        (SASL, "KAFKA_SASL_MECHANISM"),
+        ({**SASL, "KAFKA_SECURITY_PROTOCOL": "SASL_SSL", "KAFKA_SASL_PASSWORD": ""}, "KAFKA_SASL_PASSWORD"),
+        ({**SASL, "KAFKA_SECURITY_PROTOCOL": "SASL_SSL", "KAFKA_SASL_USERNAME": ""}, "KAFKA_SASL_USERNAME"),
+        ({**SASL, "KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT", "KAFKA_SASL_MECHANISM": "PLAIN"}, "unencrypted"),
+        ({"KAFKA_SSL_CERTFILE": "/c.pem", "KAFKA_SECURITY_PROTOCOL": "SSL"}, "KAFKA_SSL_KEYFILE"),
+        ({"KAFKA_SSL_KEYFILE": "/k.pem", "KAFKA_SECURITY_PROTOCOL": "SSL"}, "KAFKA_SSL_CERTFILE"),
+    ],
+)
+def test_unsafe_combinations_are_refused(environment: pytest.MonkeyPatch, settings: dict[str, str], about: str) -> None:
+    assert about in " ".join(problems(environment, **settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"GUARD_WINDOW": "0", "GUARD_MIN_SENT": "100000"},
+        {**SASL, "KAFKA_SECURITY_PROTOCOL": "SASL_SSL"},
+        {**SASL, "KAFKA_SECURITY_PROTOCOL": "SASL_SSL", "KAFKA_SASL_MECHANISM": "PLAIN"},
+        {"KAFKA_SSL_CERTFILE": "/c.pem", "KAFKA_SSL_KEYFILE": "/k.pem", "KAFKA_SECURITY_PROTOCOL": "SSL"},
+    ],
+)
+def test_safe_combinations_are_taken(environment: pytest.MonkeyPatch, settings: dict[str, str]) -> None:
+    for name, value in settings.items():
+        environment.setenv(f"CAMPAIGN_STATS_{name}", value)
+    read_settings()
+
+
+def test_secrets_are_masked_wherever_settings_are_shown(environment: pytest.MonkeyPatch) -> None:
+    for name, value in {**SASL, "KAFKA_SECURITY_PROTOCOL": "SASL_SSL"}.items():
+        environment.setenv(f"CAMPAIGN_STATS_{name}", value)
+    settings = read_settings()
+    assert settings.kafka_sasl_password is not None
+    assert settings.kafka_sasl_password.get_secret_value() == PASSWORD
+    shown = (repr(settings), str(settings), str(settings.model_dump()), settings.model_dump_json(), f"{settings!r}")
+    assert not [text for text in shown if "hunter2" in text]
+
+
+def test_no_value_is_shown_in_a_problem(environment: pytest.MonkeyPatch) -> None:
+    wrong = {name.removeprefix("CAMPAIGN_STATS_").upper(): "hunter2-misplaced" for name in Settings.model_fields}
+    free = {"DATABASE_URL", "KAFKA_BOOTSTRAP_SERVERS", "TOPIC_PREFIX", "GROUP_ID", "HTTP_HOST"}
+    with pytest.raises(ConfigError) as raised:
+        for name, value in wrong.items():
+            if name not in free:
+                environment.setenv(f"CAMPAIGN_STATS_{name}", value)
+        read_settings()
+    assert "hunter2" not in str(raised.value)
+    assert raised.value.__cause__ is None
+    assert raised.value.__suppress_context__
