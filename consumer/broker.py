@@ -32,7 +32,8 @@ from consumer.generation import Partition
 POLL_RECORDS: Final = 500  # 4 000 costs 1.6x the CPU per record (measured)
 POLL_MS: Final = 500
 CALL_DEADLINE_S: Final = 10.0  # commits and look-ups hang while brokers are away; below the session's patience
-SEND_DEADLINE_S: Final = 10.0  # below idle_in_transaction_session_timeout: the relay sends inside a transaction
+SEND_DEADLINE_S: Final = 10.0  # with PRODUCER_DEADLINE_S below idle_in_transaction_session_timeout: the relay sends
+PRODUCER_DEADLINE_S: Final = 8.0  # inside a transaction
 START_DEADLINE_S: Final = 30.0
 STOP_DEADLINE_S: Final = 2.0
 MAX_BATCH_BYTES: Final = 256 * 1024
@@ -342,10 +343,13 @@ class Publisher:
         if alone:
             return await self._one_by_one(rows)
         producer = await self._ready()
+        deadline = asyncio.get_running_loop().time() + SEND_DEADLINE_S
         results: list[Sent] = [Sent(error="not acknowledged in time")] * len(rows)
         try:
-            futures = await self._send_batches(producer, rows)
-            done, _ = await asyncio.wait([future for future, _ in futures], timeout=SEND_DEADLINE_S)
+            async with asyncio.timeout_at(deadline):
+                futures = await self._send_batches(producer, rows)
+            left_s = max(0.0, deadline - asyncio.get_running_loop().time())
+            done, _ = await asyncio.wait([future for future, _ in futures], timeout=left_s)
             for future, places in futures:
                 if future in done:
                     error = future.exception()
@@ -385,7 +389,7 @@ class Publisher:
                 request_timeout_ms=int(SEND_DEADLINE_S * 1000),
             )
             try:
-                async with asyncio.timeout(START_DEADLINE_S):
+                async with asyncio.timeout(PRODUCER_DEADLINE_S):
                     await producer.start()
             except (KafkaError, OSError, TimeoutError) as error:
                 await _close(producer, STOP_DEADLINE_S)
@@ -402,20 +406,17 @@ class Publisher:
         for place, row in enumerate(rows):
             places_of.setdefault((row.topic, await self._partition(producer, row)), []).append(place)
         futures: list[tuple[Any, list[int]]] = []
-        async with asyncio.timeout(SEND_DEADLINE_S):
-            for (topic, partition), places in places_of.items():
-                batch = producer.create_batch()
-                inside: list[int] = []
-                for place in places:
-                    row = rows[place]
-                    if inside and (len(row.value or b"") > BIG_ROW_BYTES or not self._append(batch, row)):
-                        futures.append((await producer.send_batch(batch, topic, partition=partition), inside))
-                        batch, inside = producer.create_batch(), []
-                        self._append(batch, row)
-                    elif not inside:
-                        self._append(batch, row)
-                    inside.append(place)
-                futures.append((await producer.send_batch(batch, topic, partition=partition), inside))
+        for (topic, partition), places in places_of.items():
+            batch, inside = producer.create_batch(), list[int]()
+            for place in places:
+                row = rows[place]
+                if inside and (len(row.value or b"") > BIG_ROW_BYTES or not self._append(batch, row)):
+                    futures.append((await producer.send_batch(batch, topic, partition=partition), inside))
+                    batch, inside = producer.create_batch(), []
+                if not inside:
+                    self._append(batch, row)  # the first one fits, however large it is
+                inside.append(place)
+            futures.append((await producer.send_batch(batch, topic, partition=partition), inside))
         return futures
 
     @staticmethod
@@ -431,10 +432,11 @@ class Publisher:
 
     async def _one_by_one(self, rows: Sequence[Outgoing]) -> list[Sent]:
         results: list[Sent] = []
+        deadline = asyncio.get_running_loop().time() + SEND_DEADLINE_S
         for row in rows:
             producer = await self._ready()
             try:
-                async with asyncio.timeout(SEND_DEADLINE_S):
+                async with asyncio.timeout_at(deadline):
                     await producer.send_and_wait(row.topic, row.value, key=row.key, headers=list(row.headers))
                 results.append(ACKNOWLEDGED)
             except REFUSED_FOR_EVER:

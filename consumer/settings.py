@@ -25,7 +25,7 @@ class Settings(BaseSettings):
         min_length=1, validation_alias=AliasChoices("KAFKA_BOOTSTRAP_SERVERS", "kafka_bootstrap_servers")
     )
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = None
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
     kafka_sasl_username: str | None = None
     kafka_sasl_password: SecretStr | None = None
     kafka_ssl_cafile: Path | None = None
@@ -67,12 +67,10 @@ class Settings(BaseSettings):
             problems.append("KAFKA_SASL_MECHANISM is required with a SASL protocol")
         if self.kafka_sasl_mechanism is not None and not uses_sasl:
             problems.append("KAFKA_SASL_MECHANISM is set, but KAFKA_SECURITY_PROTOCOL uses no SASL: use SASL_SSL")
-        if self.kafka_sasl_mechanism in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512") and not (
-            self.kafka_sasl_username and self.kafka_sasl_password
-        ):
+        if self.kafka_sasl_mechanism is not None and not (self.kafka_sasl_username and self.kafka_sasl_password):
             problems.append("KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD are required with this mechanism")
-        if self.kafka_sasl_mechanism in ("PLAIN", "OAUTHBEARER") and self.kafka_security_protocol == "SASL_PLAINTEXT":
-            problems.append("KAFKA_SASL_MECHANISM would send the secret unencrypted: use SASL_SSL")
+        if self.kafka_sasl_mechanism == "PLAIN" and self.kafka_security_protocol == "SASL_PLAINTEXT":
+            problems.append("KAFKA_SASL_MECHANISM PLAIN would send the password unencrypted: use SASL_SSL")
         if (self.kafka_ssl_certfile is None) != (self.kafka_ssl_keyfile is None):
             problems.append("KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE belong together: set both or none")
         if problems:

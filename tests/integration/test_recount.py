@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+from consumer import migrations
 from consumer.database import Database
 from consumer.deferred import DeferredWorker
 from consumer.generation import Work
@@ -208,6 +209,23 @@ def test_sql_counts_equal_a_naive_recount_whatever_was_stored(
             await connection.close()
 
     asyncio.run(check())
+
+
+async def test_it_counts_on_every_postgresql_that_is_here(empty_database_url: str) -> None:
+    await migrations.migrate(empty_database_url, reference_schema=True)
+    connection = await asyncpg.connect(empty_database_url)
+    await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
+    campaign_id = await add_campaign(connection, {**REFERENCE, "weird": 3})
+    await recount(connection, campaign_id)
+    assert await stats_of(connection, campaign_id) == expected_stats({**REFERENCE, "weird": 3})
+    database = Database(empty_database_url)
+    await database.open()
+    bouncing = await add_campaign(connection, {"sent": 95, "bounced": 5})
+    async with database.transaction() as transaction:
+        await recount_campaigns(transaction, [Work(bouncing, Trigger.STATUS_CHANGED)], "chunk", Rules(Limits()))
+    await database.close(5)
+    assert await connection.fetchval("SELECT status FROM campaigns WHERE id = $1", bouncing) == "paused"
+    await connection.close()
 
 
 async def test_an_unchanged_recount_stamps_last_synced_at_only(db: asyncpg.Connection) -> None:

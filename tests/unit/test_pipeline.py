@@ -38,7 +38,7 @@ from tests.unit.builders import (
 
 TOPIC = "prospect.status-changed"
 CHUNK = 4  # campaigns, so that a generation has several chunks
-SHARED = 0  # is recounted at once, see Transaction
+SHARED = 99_993  # is recounted at once, see Transaction
 STEPS = 5_000  # turns of the event loop; far more than any example needs
 
 

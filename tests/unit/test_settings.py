@@ -116,7 +116,7 @@ def test_the_two_customary_names_have_no_prefix(environment: pytest.MonkeyPatch)
 def test_settings_cannot_be_changed() -> None:
     settings = read_settings()
     with pytest.raises(ValueError, match="frozen"):
-        settings.http_port = 1
+        setattr(settings, "http_port", 1)  # noqa: B010  # mypy knows as well that it cannot be set
 
 
 def test_all_wrong_values_are_listed_at_once_each_by_its_name(environment: pytest.MonkeyPatch) -> None:
@@ -195,13 +195,16 @@ def test_secrets_are_masked_wherever_settings_are_shown(environment: pytest.Monk
 
 
 def test_no_value_is_shown_in_a_problem(environment: pytest.MonkeyPatch) -> None:
-    wrong = {name.removeprefix("CAMPAIGN_STATS_").upper(): "hunter2-misplaced" for name in Settings.model_fields}
-    free = {"DATABASE_URL", "KAFKA_BOOTSTRAP_SERVERS", "TOPIC_PREFIX", "GROUP_ID", "HTTP_HOST"}
+    free = {"topic_prefix", "group_id", "http_host"}  # take any word
+    wrong = {name.upper(): "hunter2-misplaced/" for name in Settings.model_fields if name not in free}
+    shown = problems(environment, **wrong)
+    assert len(shown) > 10
+    assert "hunter2" not in " ".join(shown)
+
+
+def test_the_error_itself_carries_no_cause_that_would_show_values(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("CAMPAIGN_STATS_HTTP_PORT", "hunter2")
     with pytest.raises(ConfigError) as raised:
-        for name, value in wrong.items():
-            if name not in free:
-                environment.setenv(f"CAMPAIGN_STATS_{name}", value)
         read_settings()
-    assert "hunter2" not in str(raised.value)
     assert raised.value.__cause__ is None
     assert raised.value.__suppress_context__
