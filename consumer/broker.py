@@ -154,6 +154,9 @@ class Source:
         except (KafkaError, OSError, TimeoutError) as error:
             await _close(consumer, STOP_DEADLINE_S)
             raise Unavailable("kafka", f"{type(error).__name__} while joining the group") from error
+        except asyncio.CancelledError:
+            await _close(consumer, STOP_DEADLINE_S)
+            raise
         self._consumer = consumer
 
     async def poll(self) -> tuple[list[Batch], list[Passed]]:
@@ -224,8 +227,9 @@ class Source:
 
     async def stop(self, deadline_s: float) -> None:
         """Leave the group; never hangs and never raises."""
-        if self._consumer is not None:
-            await _close(self._consumer, deadline_s)
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            await _close(consumer, deadline_s)
 
     async def _look_up(
         self, call: Callable[[list[Any]], Awaitable[dict[Any, int]]], partitions: Sequence[Partition]

@@ -1,6 +1,7 @@
 """PostgreSQL: one statement per file in sql/, one typed function per statement, and the translation of its errors."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -365,11 +366,18 @@ class Transaction:
 
 
 async def _prepare(connection: Connection) -> None:
-    await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=_to_json, decoder=orjson.loads)
+    await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=_to_json, decoder=_from_json)
 
 
 def _to_json(value: object) -> str:
     return orjson.dumps(value, default=str).decode()  # str: asyncpg's own subclass of UUID
+
+
+def _from_json(text: str) -> object:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return json.loads(text)  # jsonb holds numbers that no double can; such a row must not stop its neighbours
 
 
 async def _leave_alone(connection: Connection) -> None:

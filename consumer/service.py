@@ -157,6 +157,7 @@ class Service:
             for task in [*tasks, stopped]:
                 task.cancel()
             await asyncio.gather(*tasks, stopped, return_exceptions=True)
+            await asyncio.gather(self._source.stop(1.0), self._events.close(1.0), self._letters.close(1.0))
             await self._database.close(1.0)
             await self._door.close()
 
@@ -183,6 +184,10 @@ class Service:
             raise
         async with self._database.connection() as connection:
             problems = await migrations.missing_columns(connection)
+            if not problems:
+                problems = await migrations.missing_rights(connection)
+            if problems:
+                raise ConfigError(problems)
             if missing := await migrations.pending(connection):
                 problems.append(f"the database lacks migrations {', '.join(missing)}: run `campaign-stats migrate`")
         if problems:

@@ -64,12 +64,13 @@ class Demo:
         stop = asyncio.create_task(stopped.wait(), name="stop")
         await asyncio.wait([play, stop], return_when=asyncio.FIRST_COMPLETED)
         if stopped.is_set():
+            print("\nstopping everything ...", file=sys.stderr, flush=True)
             if not self._is_cleaning:
                 play.cancel()
             await asyncio.wait([play])
         stop.cancel()
         if stopped.is_set():
-            print("\ninterrupted: everything was stopped and removed", file=sys.stderr)
+            print("interrupted: everything was stopped and removed", file=sys.stderr)
             return INTERRUPTED
         return play.result()
 

@@ -36,6 +36,13 @@ PRODUCT_COLUMNS: Final[dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 """What we read or write of the product's tables, all in schema `public`."""
 
+RUN_RIGHTS: Final = (
+    ("public.campaigns", "SELECT", PRODUCT_COLUMNS["campaigns"]),
+    ("public.campaigns", "UPDATE", ("stats", "last_synced_at", "updated_at", "status", "pause_reason")),
+    ("public.campaign_prospects", "SELECT", PRODUCT_COLUMNS["campaign_prospects"]),
+)
+"""Table, right, columns: all that `run` does to the product's tables."""
+
 
 Connection = asyncpg.Connection | PoolConnectionProxy
 
@@ -109,6 +116,43 @@ async def missing_columns(connection: Connection) -> list[str]:
             problems.append(
                 f"table public.{table} lacks {', '.join(absent)}: add the column(s) to the product's schema"
             )
+    return problems
+
+
+async def missing_rights(connection: Connection) -> list[str]:
+    """One sentence per right the connected role lacks for `run`, each with the statement that grants it."""
+    problems = []
+    if await connection.fetchval("SELECT to_regnamespace('campaign_stats') IS NOT NULL") and not (
+        await connection.fetchval("SELECT has_schema_privilege('campaign_stats', 'USAGE')")
+    ):
+        return ["the role may not use schema campaign_stats: GRANT USAGE ON SCHEMA campaign_stats TO it"]
+    for table, right, columns in RUN_RIGHTS:
+        lacking = await connection.fetch(
+            "SELECT c FROM unnest($2::text[]) AS c WHERE NOT has_column_privilege($1, c, $3)", table, columns, right
+        )
+        if lacking:
+            names = ", ".join(row["c"] for row in lacking)
+            problems.append(f"the role may not {right} {names} of {table}: GRANT {right} ({names}) ON {table} TO it")
+    own = await connection.fetch(
+        """SELECT c.oid::regclass::text AS name, r AS right
+             FROM pg_class c CROSS JOIN unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS r
+            WHERE c.relnamespace = to_regnamespace('campaign_stats') AND c.relkind = 'r'
+              AND NOT has_table_privilege(c.oid, r) AND NOT (c.relname = 'migrations' AND r <> 'SELECT')
+            ORDER BY 1, 2"""
+    )
+    problems += [
+        f"the role may not {row['right']} {row['name']}: GRANT {row['right']} ON {row['name']} TO it" for row in own
+    ]
+    hidden = await connection.fetch(
+        """SELECT c.oid::regclass::text AS name FROM pg_class c, pg_roles r
+            WHERE c.relnamespace = 'public'::regnamespace AND c.relname IN ('campaigns', 'campaign_prospects')
+              AND r.rolname = current_user AND c.relrowsecurity AND NOT r.rolbypassrls AND NOT r.rolsuper
+              AND (c.relforcerowsecurity OR NOT pg_has_role(c.relowner, 'USAGE'))"""
+    )
+    problems += [
+        f"row security hides rows of {row['name']} from the role: ALTER ROLE it BYPASSRLS (or switch it off there)"
+        for row in hidden
+    ]
     return problems
 
 

@@ -7,4 +7,5 @@ SELECT (SELECT count(*) FROM campaign_stats.outbox WHERE set_aside_at IS NULL) A
                    SELECT reason, count(*) AS rows FROM campaign_stats.deferred GROUP BY reason) AS r), '{}') AS deferred,
        coalesce((SELECT extract(epoch FROM clock_timestamp() - min(first_written)) FROM campaign_stats.deferred), 0)::float8
            AS deferred_age_s,
-       (SELECT count(*) FROM campaign_stats.campaign_state WHERE failures > 0) AS failing_campaigns
+       (SELECT count(*) FROM campaign_stats.campaign_state s WHERE failures > 0
+           AND EXISTS (SELECT 1 FROM public.campaigns c WHERE c.id = s.campaign_id)) AS failing_campaigns

@@ -322,6 +322,40 @@ async def test_wrong_settings_and_missing_things_are_all_listed_with_exit_code_2
     assert "public.campaign_sender_accounts is missing" in error
 
 
+async def test_the_service_runs_with_exactly_the_documented_rights_and_names_a_missing_one(
+    service: StartService, environment: dict[str, str], bus: Bus, db: asyncpg.Connection
+) -> None:
+    role = f"svc_{uuid4().hex[:8]}"
+    campaign_id = await add_campaign(db, {"sent": 95, "bounced": 5})
+    await db.execute(f"CREATE ROLE {role} LOGIN")
+    try:
+        environment["DATABASE_URL"] = environment["DATABASE_URL"].replace("postgres@", f"{role}@", 1)
+        code, _, error = await command(environment, "run")
+        assert code == 2
+        assert "GRANT USAGE ON SCHEMA campaign_stats" in error or "GRANT SELECT" in error
+        await db.execute(
+            f"""GRANT USAGE ON SCHEMA campaign_stats TO {role};
+                GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA campaign_stats TO {role};
+                GRANT SELECT ON campaigns, campaign_prospects TO {role};
+                GRANT UPDATE (stats, last_synced_at, updated_at, status) ON campaigns TO {role}"""
+        )
+        code, _, error = await command(environment, "run")
+        assert code == 2
+        assert "may not UPDATE pause_reason of public.campaigns: GRANT UPDATE (pause_reason)" in error
+        await db.execute(f"GRANT UPDATE (pause_reason) ON campaigns TO {role}")
+        running = await service(sweep_interval_s=0.3)
+        await bus.publish(bus.topics.prefix + "prospect.status-changed", hint(campaign_id), key=str(campaign_id))
+        await eventually(lambda: bus.events(bus.topics.prefix + "campaign.paused"), "it pauses", running)
+        running.terminate()
+        assert await running.wait() == 0
+        await db.execute("ALTER TABLE campaign_prospects ENABLE ROW LEVEL SECURITY")
+        code, _, error = await command(environment, "run")
+        assert code == 2
+        assert "row security hides rows of campaign_prospects" in error
+    finally:
+        await db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
 async def test_sigterm_while_waiting_for_servers_ends_with_0(service: StartService) -> None:
     running = await service(ready=False)
     await eventually(lambda: running.port > 0, "listens", running)
