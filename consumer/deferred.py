@@ -12,7 +12,7 @@ from uuid import UUID
 import structlog
 
 from consumer import recount
-from consumer.errors import ServiceError
+from consumer.errors import ServiceError, described
 from consumer.generation import Work
 from consumer.health import Health
 from consumer.metrics import Metrics
@@ -105,8 +105,7 @@ class DeferredWorker:
             campaign=str(work.campaign_id),
             failures=failures,
             retry_s=retry_s,
-            error=type(error).__name__,
-            sqlstate=getattr(error, "sqlstate", None),
+            **described(error),
         )
         return outcome
 

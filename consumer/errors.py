@@ -7,6 +7,7 @@ ServiceError
   OwnershipLost   partitions taken away, or a refused commit: drop the work, its new owner repeats it
 """
 
+import traceback
 from collections.abc import Sequence
 from typing import Literal
 
@@ -45,3 +46,12 @@ class Unavailable(ServiceError):
 
 class OwnershipLost(ServiceError):
     """The partitions belong to somebody else now."""
+
+
+def described(error: BaseException) -> dict[str, object]:
+    """An error as fields of a log line: its class, SQLSTATE and stack, but not its message, which may quote a row."""
+    return {
+        "error": type(error).__name__,
+        "sqlstate": getattr(error, "sqlstate", None),
+        "stack": "".join(traceback.format_tb(error.__traceback__)),
+    }

@@ -42,15 +42,16 @@ class Limits:
     min_sent: int = 100
     window: int = 500
 
-    def problem(self) -> str | None:
-        """What is wrong with this combination, in one sentence; None when it can be used."""
+    def problems(self) -> list[str]:
+        """What is wrong with this combination, a sentence each; empty when it can be used."""
+        found = []
         if not 1 <= self.threshold_bp <= BASIS_POINTS:
-            return f"threshold_bp is {self.threshold_bp}: use 1 to {BASIS_POINTS} basis points"
+            found.append(f"threshold_bp is {self.threshold_bp}: use 1 to {BASIS_POINTS} basis points")
         if self.min_sent < 1:
-            return f"min_sent is {self.min_sent}: use 1 or more"
+            found.append(f"min_sent is {self.min_sent}: use 1 or more")
         if self.window != 0 and self.window < self.min_sent:
-            return f"window is {self.window}: use 0 (all) or at least min_sent ({self.min_sent})"
-        return None
+            found.append(f"window is {self.window}: use 0 (all) or at least min_sent ({self.min_sent})")
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +102,11 @@ def resolve(default: Limits, user: Override | None, campaign: Override | None) -
     choices = [layers, *([layer] for layer in layers if len(layers) == 2), []]
     for chosen in choices:
         limits, origin = _merge(default, chosen)
-        problem = limits.problem()
-        if problem is None:
+        problems = limits.problems()
+        if not problems:
             return Resolved(limits, origin, tuple(ignored))
-        ignored.append(f"{' and '.join(level for level, _ in chosen) or 'default'} limits: {problem}")
-    raise ValueError(default.problem())
+        ignored.append(f"{' and '.join(level for level, _ in chosen) or 'default'} limits: {'; '.join(problems)}")
+    raise ValueError("; ".join(default.problems()))
 
 
 def _merge(default: Limits, layers: list[tuple[Level, Override]]) -> tuple[Limits, dict[Field, Level]]:

@@ -3,7 +3,7 @@
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Final
 from uuid import UUID, uuid5
@@ -316,12 +316,7 @@ def _recounted(outcome: Outcome, work: Work, recount: Recount, judgement: Judgem
 
 def _defer_guard(outcome: Outcome, work: Work, recount: Recount) -> None:
     tries = work.tries + 1 if work.reason == "guard" else 0
-    again = Work(
-        work.campaign_id,
-        Trigger.STATUS_CHANGED if work.hint is not None else Trigger.RECONCILIATION,
-        hint=work.hint,
-        first_written=work.first_written,
-    )
+    again = replace(_without_requests(work), seen=None)
     outcome.deferrals.append(Deferral(again, "guard", min(2.0 ** min(tries, 12), LONGEST_RETRY_S), tries))
 
 
@@ -352,15 +347,13 @@ def _after_answers(outcome: Outcome, work: Work, owner: UUID | None, failures: i
     for request in work.requests:
         foreign = owner is not None and request.user_id not in (None, owner)
         outcome.tell(_rejected(request, RejectionReason.NOT_FOUND if foreign else RejectionReason.FAILED, now))
-    return Work(
-        work.campaign_id,
-        work.trigger,
-        hint=work.hint,
-        seen=work.seen,
-        reason=work.reason,
-        tries=work.tries,
-        first_written=work.first_written,
-    )
+    return _without_requests(work)
+
+
+def _without_requests(work: Work) -> Work:
+    """The same work once its requests were answered."""
+    rest = Trigger.STATUS_CHANGED if work.hint is not None else Trigger.RECONCILIATION
+    return replace(work, trigger=rest, requests=())
 
 
 def stats_updated(

@@ -15,7 +15,7 @@ import structlog
 
 from consumer import recount
 from consumer.envelope import DeadLetter, Ignored, Record, StatusHint, SyncRequest, decode
-from consumer.errors import OwnershipLost, ServiceError
+from consumer.errors import OwnershipLost, ServiceError, described
 from consumer.generation import CHUNK_CAMPAIGNS, Generation, Partition, Work
 from consumer.health import Health
 from consumer.metrics import Metrics
@@ -113,14 +113,16 @@ class Pipeline:
         self._idle = asyncio.Event()
         self._idle.set()
         self._epoch = 0
+        self._is_ours = False  # between let_go and take_over nothing is collected and nothing flushed
         self.assigned: frozenset[Partition] = frozenset()
-        self.committed: dict[Partition, int] = {}
 
     async def fetch(self) -> None:
         """Poll for ever and collect what comes. The only task that touches the generation being collected."""
         while True:
             batches, passed = await self._health.persist("fetch", self._source.poll)
             self._health.polled()
+            if not self._is_ours:
+                continue  # offsets stay, so whoever reads next reads them again
             self._passed.extend(passed)
             for batch in batches:
                 self._collect(batch)
@@ -171,7 +173,7 @@ class Pipeline:
             if self._full:
                 self._full = False
                 self._source.resume()
-            if not generation and not passed:
+            if not self._is_ours or not (generation or passed):
                 continue
             self._idle.clear()
             try:
@@ -217,9 +219,9 @@ class Pipeline:
                 outcome = await recount_campaigns(db, works, "chunk", self._rules)
         except ServiceError:
             raise
-        except Exception:
+        except Exception as error:
             # One of these campaigns cannot be recounted; one per transaction, the others succeed at once.
-            log.exception("chunk failed, its campaigns are deferred one by one", campaigns=len(works))
+            log.error("chunk failed, its campaigns are deferred one by one", campaigns=len(works), **described(error))
             self._metrics.chunks_failed.inc()
             outcome = Outcome(deferrals=[Deferral(work, "alone", 0.0) for work in works])
             async with self._store.transaction() as db:
@@ -244,7 +246,6 @@ class Pipeline:
         self._still_ours(epoch)
         if generation.offsets:
             await self._source.commit(generation.offsets)
-            self.committed.update(generation.offsets)
 
     def _still_ours(self, epoch: int) -> None:
         if epoch != self._epoch:
@@ -256,16 +257,17 @@ class Pipeline:
         Waits without a limit of its own; the caller has one deadline for everything.
         """
         self._epoch += 1
+        self._is_ours = False
         self._collecting = Generation()
         self._passed = []
         self._oldest = None
         self._full = False
         self.assigned = frozenset()
-        self.committed = {}
         await self._idle.wait()
 
     def take_over(self, partitions: Sequence[Partition]) -> None:
         """These partitions are ours now, and nothing of the time before is left."""
+        self._is_ours = True
         self._collecting = Generation()
         self._passed = []
         self._full = False

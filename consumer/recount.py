@@ -10,7 +10,7 @@ from uuid import UUID
 
 import structlog
 
-from consumer.errors import Unavailable
+from consumer.errors import Unavailable, described
 from consumer.generation import Work
 from consumer.guard import Limits, Mode, Resolved, Verdict, Window, applies, is_candidate, judge, resolve
 from consumer.metrics import Metrics
@@ -106,9 +106,9 @@ async def _guard(
             return await _judge(db, candidates), []
     except Unavailable:
         raise
-    except Exception:
+    except Exception as error:
         # Best effort: counting must not stop because judging fails. One campaign at a time, until it succeeds.
-        log.exception("guard failed, its candidates are deferred", campaigns=len(candidates))
+        log.error("guard failed, its candidates are deferred", campaigns=len(candidates), **described(error))
         return {}, list(candidates)
 
 

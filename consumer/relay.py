@@ -75,7 +75,7 @@ class Relay:
         self._metrics = metrics
         self._health = health
         self._awake = asyncio.Event()
-        self._alone = 0
+        self._alone = False
 
     def wake(self) -> None:
         """Something was committed to the outbox."""
@@ -97,19 +97,20 @@ class Relay:
         rows: Sequence[Row] = ()
         published: list[int] = []
         refused: dict[int, str] = {}
+        alone, self._alone = self._alone, False  # batches again next time: one bad topic must not slow the others
         async with self._store.transaction() as db:
             shards = await db.lock_shards()
             if shards:
-                rows = await db.read_outbox(shards, ALONE_ROWS if self._alone else TURN_ROWS, TURN_BYTES)
+                rows = await db.read_outbox(shards, ALONE_ROWS if alone else TURN_ROWS, TURN_BYTES)
             if rows:
-                results = await self._send(rows)
+                results = await self._send(rows, alone=alone)
                 stuck: set[UUID] = set()
                 for row, sent in zip(rows, results, strict=True):
                     if row.campaign_id in stuck:
                         continue  # an elder of its campaign is not out yet: leave it, it is repeated in order
                     if sent.error is None:
                         published.append(row.id)
-                    elif sent.refused:
+                    elif sent.refused and alone:
                         refused[row.id] = sent.error
                     else:
                         stuck.add(row.campaign_id)
@@ -120,17 +121,15 @@ class Relay:
             return 0
         self._count(rows, set(published), refused)
         self._metrics.relay_seconds.observe(time.monotonic() - begun)
-        if self._alone:
-            self._alone = max(0, self._alone - len(published) - len(refused))
         if failure is not None:
-            self._alone = max(self._alone, min(len(rows), ALONE_ROWS))
+            self._alone = not alone
             self._metrics.publish_failures.inc()
             raise Unavailable("relay", failure)
         return len(published) + len(refused)
 
-    async def _send(self, rows: Sequence[Row]) -> Sequence[Sent]:
+    async def _send(self, rows: Sequence[Row], *, alone: bool) -> Sequence[Sent]:
         try:
-            return await self._publish([(row.type, row.campaign_id, row.event) for row in rows], alone=self._alone > 0)
+            return await self._publish([(row.type, row.campaign_id, row.event) for row in rows], alone=alone)
         except Unavailable as error:
             raise Unavailable("relay", error.detail) from error
 

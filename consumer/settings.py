@@ -1,9 +1,10 @@
 """Settings: one frozen model, the only reader of the environment. All problems are listed at once."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from consumer.errors import ConfigError
@@ -11,6 +12,15 @@ from consumer.guard import Limits, Mode
 
 PREFIX: Final = "CAMPAIGN_STATS_"
 
+
+def _whole(value: object) -> object:
+    """The guard compares integers: 500.0 and 5_00 are refused as well as 0.05."""
+    if isinstance(value, float) or (isinstance(value, str) and not re.fullmatch(r"-?[0-9]+", value)):
+        raise ValueError("must be a whole number, written in digits")
+    return value
+
+
+WholeNumber = Annotated[int, BeforeValidator(_whole)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -36,9 +46,9 @@ class Settings(BaseSettings):
     http_host: str = "127.0.0.1"
     http_port: Port = 8080
     guard_mode: Mode = Mode.ENFORCE
-    guard_threshold_bp: Annotated[int, Field(strict=False)] = 500
-    guard_min_sent: int = 100
-    guard_window: int = 500
+    guard_threshold_bp: WholeNumber = 500
+    guard_min_sent: WholeNumber = 100
+    guard_window: WholeNumber = 500
     sweep_interval_s: Seconds = 300
     drift_grace_s: Seconds = 60
     shutdown_deadline_s: Annotated[float, Field(gt=0, le=600)] = 8
@@ -59,22 +69,26 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
-        problems = []
-        if problem := self.limits.problem():
-            problems.append(f"GUARD_*: {problem}")
+        problems = [f"{PREFIX}GUARD_*: {problem}" for problem in self.limits.problems()]
         uses_sasl = self.kafka_security_protocol.startswith("SASL")
         if uses_sasl and self.kafka_sasl_mechanism is None:
-            problems.append("KAFKA_SASL_MECHANISM is required with a SASL protocol")
+            problems.append("CAMPAIGN_STATS_KAFKA_SASL_MECHANISM is required with a SASL protocol")
         if self.kafka_sasl_mechanism is not None and not uses_sasl:
-            problems.append("KAFKA_SASL_MECHANISM is set, but KAFKA_SECURITY_PROTOCOL uses no SASL: use SASL_SSL")
+            problems.append(
+                "CAMPAIGN_STATS_KAFKA_SASL_MECHANISM is set, but KAFKA_SECURITY_PROTOCOL uses no SASL: use SASL_SSL"
+            )
         if self.kafka_sasl_mechanism is not None and not (self.kafka_sasl_username and self.kafka_sasl_password):
-            problems.append("KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD are required with this mechanism")
+            problems.append(
+                "CAMPAIGN_STATS_KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD are required with this mechanism"
+            )
         if self.kafka_sasl_mechanism == "PLAIN" and self.kafka_security_protocol == "SASL_PLAINTEXT":
-            problems.append("KAFKA_SASL_MECHANISM PLAIN would send the password unencrypted: use SASL_SSL")
+            problems.append(
+                "CAMPAIGN_STATS_KAFKA_SASL_MECHANISM PLAIN would send the password unencrypted: use SASL_SSL"
+            )
         if (self.kafka_ssl_certfile is None) != (self.kafka_ssl_keyfile is None):
-            problems.append("KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE belong together: set both or none")
+            problems.append("CAMPAIGN_STATS_KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE belong together: set both or none")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ConfigError(problems) from None
         return self
 
 
@@ -83,12 +97,20 @@ def read_settings(**given: object) -> Settings:
     try:
         return Settings(**given)  # type: ignore[arg-type]  # pydantic checks them
     except ValidationError as error:
-        problems = []
-        for problem in error.errors(include_input=False, include_url=False):
-            name = str(problem["loc"][0]) if problem["loc"] else ""
-            message = problem["msg"].removeprefix("Value error, ")
-            variable = name if name.isupper() else f"{PREFIX}{name.upper()}" if name else "settings"
-            if problem["type"] == "missing":
-                message = "is required: set it in the environment"
-            problems.append(f"{variable}: {message}")
-        raise ConfigError(problems) from None
+        wrong = error.errors(include_input=False, include_url=False, include_context=False)
+    problems: list[str] = []
+    usable: dict[str, object] = {}
+    for problem in wrong:
+        name = str(problem["loc"][0])
+        field = name.lower()
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            message = "is required: set it in the environment"
+        problems.append(f"{name if name.isupper() else PREFIX + name.upper()}: {message}")
+        default = Settings.model_fields[field]
+        usable[field] = "unused" if default.is_required() else default.get_default()
+    try:
+        Settings(**{**given, **usable})  # type: ignore[arg-type]  # wrong combinations too
+    except ConfigError as error:
+        problems.extend(error.problems)
+    raise ConfigError(problems) from None

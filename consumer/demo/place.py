@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
-from consumer.broker import Connection, create_topics, delete_topics
+from consumer.broker import Connection, Publisher, create_topics, delete_topics
 from consumer.demo.servers import EmbeddedBroker, Postgres, Server
 from consumer.errors import ConfigError, ServiceError
 from schemas.topics import Topics
@@ -101,6 +101,7 @@ async def settle_in(
         server_url = database_url
     own_url = with_database(server_url, name)
     if database_url is not None:
+        await _execute(server_url, "SELECT 1")  # what cannot be reached needs no clean-up
         stack.push_async_callback(_drop_database, server_url, name)
     await finish(_execute(server_url, f'CREATE DATABASE "{name}"'))
 
@@ -116,6 +117,7 @@ async def settle_in(
     if kafka is None:
         await _make_topics(place)
     else:
+        await _check_kafka(place)
         stack.push_async_callback(_delete_topics, place)
         await finish(_make_topics(place))
     return place
@@ -146,6 +148,16 @@ async def _drop_database(url: str, name: str) -> None:
         await _execute(url, f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
     except (DemoFailed, OSError, TimeoutError, asyncpg.PostgresError) as error:
         print(f"the database {name} could not be dropped ({type(error).__name__}): drop it by hand", file=sys.stderr)
+
+
+async def _check_kafka(place: Place) -> None:
+    publisher = Publisher(place.kafka, idempotence=True)
+    try:
+        await publisher.check([])
+    except ServiceError as error:
+        raise DemoFailed(f"Kafka cannot be reached ({error}): check --kafka") from error
+    finally:
+        await publisher.close(5.0)
 
 
 async def _make_topics(place: Place) -> None:

@@ -71,7 +71,7 @@ class ServiceProcess(Server):
         return self.process.poll() if self.process is not None else None
 
     def complaints(self, count: int = 10) -> list[str]:
-        """The last log lines that are worse than INFO or no JSON at all."""
+        """The last log lines that are errors or no JSON at all (a traceback)."""
         lines = []
         with contextlib.suppress(OSError):
             for line in self.log.read_text("utf-8", "replace").splitlines():
@@ -79,7 +79,7 @@ class ServiceProcess(Server):
                     level = json.loads(line).get("level")
                 except (ValueError, AttributeError):
                     level = None
-                if level not in ("debug", "info"):
+                if level not in ("debug", "info", "warning"):
                     lines.append(line)
         return lines[-count:]
 

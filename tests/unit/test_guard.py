@@ -254,7 +254,7 @@ def test_whatever_people_write_into_the_table_the_limits_that_hold_are_usable(
     user: Override | None, campaign: Override | None
 ) -> None:
     resolved = resolve(Limits(), user, campaign)
-    assert resolved.limits.problem() is None
+    assert resolved.limits.problems() == []
     given_at = {"default": Override("enforce", 500, 100, 500), "user": user, "campaign": campaign}
     for name, level in resolved.origin.items():
         assert getattr(given_at[level], name) == getattr(resolved.limits, name)
