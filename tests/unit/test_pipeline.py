@@ -602,3 +602,21 @@ async def test_records_are_counted_by_what_they_are() -> None:
         assert [run.value("records_total", kind=kind) for kind in kinds] == [2, 1, 1, 1, 1]
         assert run.value("generations_total") >= 1
         assert run.value("collecting_records") == 0
+
+
+async def test_while_stopping_no_offset_passes_what_was_dropped() -> None:
+    world = World(hold=asyncio.Event())
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own"])])
+        await run.steps(20)
+        run.source.deliver([batch(world, 0, 1, ["request"])])  # collected, not begun
+        await run.steps(20)
+        letting_go = asyncio.create_task(run.pipeline.let_go())
+        await run.steps(5)
+        run.source.deliver([batch(world, 0, 2, ["own"])])  # polling goes on until the process ends
+        await run.steps(5)
+        assert world.hold is not None
+        world.hold.set()
+        await run.until(letting_go.done)
+        await run.steps(100)
+    assert world.committed == {}

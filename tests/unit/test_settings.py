@@ -208,3 +208,25 @@ def test_the_error_itself_carries_no_cause_that_would_show_values(environment: p
         read_settings()
     assert raised.value.__cause__ is None
     assert raised.value.__suppress_context__
+
+
+def test_wrong_values_and_wrong_combinations_are_listed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://x/y")
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "k:9092")
+    monkeypatch.setenv("CAMPAIGN_STATS_LOG_LEVEL", "LOUD")
+    monkeypatch.setenv("CAMPAIGN_STATS_GUARD_THRESHOLD_BP", "0")
+    monkeypatch.setenv("CAMPAIGN_STATS_GUARD_MIN_SENT", "0")
+    monkeypatch.setenv("CAMPAIGN_STATS_KAFKA_SECURITY_PROTOCOL", "SASL_SSL")
+    with pytest.raises(ConfigError) as raised:
+        read_settings()
+    assert len(raised.value.problems) == 4
+
+
+@pytest.mark.parametrize("value", ["500.0", "5_00"])
+@pytest.mark.parametrize("name", ["GUARD_THRESHOLD_BP", "GUARD_MIN_SENT", "GUARD_WINDOW"])
+def test_whole_floats_are_refused_too(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://x/y")
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "k:9092")
+    monkeypatch.setenv(f"CAMPAIGN_STATS_{name}", value)
+    with pytest.raises(ConfigError, match=name):
+        read_settings()
