@@ -27,7 +27,7 @@ from aiokafka.partitioner import murmur2
 
 from consumer.envelope import Record
 from consumer.errors import ConfigError, OwnershipLost, Unavailable
-from consumer.generation import Partition
+from consumer.generation import Partition, Passed
 
 POLL_RECORDS: Final = 500  # 4 000 costs 1.6x the CPU per record (measured)
 POLL_MS: Final = 500
@@ -82,17 +82,6 @@ class Sent:
 
 
 ACKNOWLEDGED: Final = Sent()
-
-
-@dataclass(frozen=True, slots=True)
-class Passed:
-    """Records that the client could not hand out, first to last offset inclusive, and the class of its error."""
-
-    partition: Partition
-    first: int
-    last: int
-    error: str
-    too_large: bool = False
 
 
 @dataclass(frozen=True, slots=True)

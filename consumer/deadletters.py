@@ -6,6 +6,7 @@ from typing import Final, Protocol
 
 from consumer.envelope import DeadLetter, Record, dead_letter_headers, stub_headers
 from consumer.errors import Unavailable
+from consumer.generation import Passed
 from schemas.events import DeadLetterReason
 
 AT_ONCE: Final = 1_000
@@ -26,21 +27,6 @@ class Publish(Protocol):
     async def __call__(
         self, rows: Sequence[tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]], *, alone: bool
     ) -> Sequence[Sent]: ...
-
-
-class Passed(Protocol):
-    """Records that the client could not hand out, first to last offset inclusive."""
-
-    @property
-    def partition(self) -> tuple[str, int]: ...
-    @property
-    def first(self) -> int: ...
-    @property
-    def last(self) -> int: ...
-    @property
-    def error(self) -> str: ...
-    @property
-    def too_large(self) -> bool: ...
 
 
 class DeadLetters:

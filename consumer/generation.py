@@ -16,6 +16,17 @@ Partition = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Passed:
+    """Records that the client could not hand out, first to last offset inclusive, and the class of its error."""
+
+    partition: Partition
+    first: int
+    last: int
+    error: str
+    too_large: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Seen:
     """What the sweep saw of a campaign: its `last_synced_at` and whether the stored numbers were wrong."""
 

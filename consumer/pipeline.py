@@ -16,7 +16,7 @@ import structlog
 from consumer import recount
 from consumer.envelope import DeadLetter, Ignored, Record, StatusHint, SyncRequest, decode
 from consumer.errors import OwnershipLost, ServiceError, described
-from consumer.generation import CHUNK_CAMPAIGNS, Generation, Partition, Work
+from consumer.generation import CHUNK_CAMPAIGNS, Generation, Partition, Passed, Work
 from consumer.health import Health
 from consumer.metrics import Metrics
 from consumer.outcome import Deferral, Outcome
@@ -37,21 +37,6 @@ class Batch(Protocol):
     def records(self) -> Sequence[Record]: ...
     @property
     def next_offset(self) -> int: ...
-
-
-class Passed(Protocol):
-    """Records that the client could not hand out, first to last offset inclusive."""
-
-    @property
-    def partition(self) -> Partition: ...
-    @property
-    def first(self) -> int: ...
-    @property
-    def last(self) -> int: ...
-    @property
-    def error(self) -> str: ...
-    @property
-    def too_large(self) -> bool: ...
 
 
 class Source(Protocol):
