@@ -18,7 +18,7 @@ from consumer import health as health_module
 from consumer import pipeline as pipeline_module
 from consumer.envelope import DeadLetter, Record
 from consumer.errors import OwnershipLost, Unavailable
-from consumer.generation import Partition
+from consumer.generation import Partition, Passed
 from consumer.guard import Limits
 from consumer.health import Health
 from consumer.metrics import Metrics
@@ -56,15 +56,6 @@ class Batch:
     partition: Partition
     records: Sequence[Bytes]
     next_offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Passed:
-    partition: Partition
-    first: int
-    last: int
-    error: str = "CorruptRecordException"
-    too_large: bool = False
 
 
 @dataclass
@@ -465,7 +456,10 @@ async def test_an_offset_waits_for_a_dead_letter_topic_that_is_away() -> None:
 async def test_what_cannot_be_handed_out_leaves_a_stub_before_its_offset_passes() -> None:
     world = World()
     async with running(world) as run:
-        passed = [Passed((TOPIC, 0), 0, 2), Passed((TOPIC, 1), 4, 4, too_large=True)]
+        passed = [
+            Passed((TOPIC, 0), 0, 2, "CorruptRecordException"),
+            Passed((TOPIC, 1), 4, 4, "RecordTooLargeError", too_large=True),
+        ]
         run.source.deliver([Batch((TOPIC, 0), (), 3)], passed)
         await run.until(lambda: world.committed == {(TOPIC, 0): 3})
         assert run.value("dead_letters_total", reason="unreadable") == 1
@@ -540,7 +534,7 @@ async def test_what_was_collected_does_not_survive_into_a_new_assignment() -> No
     async with running(world) as run:
         run.source.deliver([batch(world, 0, 0, ["own"])])
         await run.steps(20)
-        run.source.deliver([batch(world, 0, 1, ["own", "bad"])], [Passed((TOPIC, 0), 3, 3)])
+        run.source.deliver([batch(world, 0, 1, ["own", "bad"])], [Passed((TOPIC, 0), 3, 3, "CorruptRecordException")])
         await run.steps(20)
         letting_go = asyncio.create_task(run.pipeline.let_go())
         assert world.hold is not None
