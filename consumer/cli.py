@@ -297,7 +297,7 @@ def demo(
     database: Annotated[
         str | None, typer.Option(metavar="URL", help="Use this PostgreSQL (a database of its own is made and dropped).")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=5, max=55, help="How long the upstream works.")] = 25.0,
+    seconds: Annotated[float, typer.Option(min=5, max=45, help="How long the upstream works.")] = 25.0,
 ) -> None:
     """Show the whole service at work on embedded servers, and prove from scratch that every number is right."""
     try:

@@ -261,7 +261,7 @@ class Letters:
             self.world.done.add(record)
         self.world.log.append(f"{len(letters)} dead letters")
 
-    async def stubs(self, passed: Sequence[pipeline_module.Passed]) -> None:
+    async def stubs(self, passed: Sequence[Passed]) -> None:
         await asyncio.sleep(0)
         self.world.log.extend(f"stub {stub.first}-{stub.last}" for stub in passed)
 
