@@ -23,7 +23,7 @@ from consumer.metrics import Metrics
 from consumer.recount import Rules, recount_campaigns
 from schemas.events import Trigger
 from tests.conftest import eventually
-from tests.world import REFERENCE, add_campaign, expected_stats, stats_of, truth
+from tests.world import REFERENCE, add_campaign, add_prospects, expected_stats, stats_of, truth
 
 ONE_STATEMENT = """
 WITH locked AS MATERIALIZED (
@@ -45,27 +45,41 @@ async def recount(connection: asyncpg.Connection, *campaign_ids: UUID, caller: s
 async def overlapping_rounds(
     database_url: str, recounter: Callable[[asyncpg.Connection, UUID], Awaitable[None]], rounds: int
 ) -> int:
-    """The product holds the row, a recount comes meanwhile and nothing follows: how many rounds went stale."""
-    product, ours, watcher = [await asyncpg.connect(database_url) for _ in range(3)]
-    for connection in (product, ours, watcher):
+    """The product holds the row, three consumers recount meanwhile and nothing follows: how many rounds went stale.
+
+    The product moves a prospect with its own function, every third time after a bulk import, every other time with the
+    row locked first.
+    """
+    product, watcher, *consumers = [await asyncpg.connect(database_url) for _ in range(5)]
+    for connection in (product, watcher, *consumers):
         await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
     campaign_id = await add_campaign(product, {"pending": 400})
-    await recounter(ours, campaign_id)
+    await recounter(consumers[0], campaign_id)
     pending = [row["id"] for row in await product.fetch("SELECT id FROM campaign_prospects WHERE status = 'pending'")]
     dice, stale = random.Random(4), 0
-    for prospect in pending[:rounds]:
+    for number, prospect in enumerate(pending[:rounds]):
 
-        async def move(prospect: UUID = prospect) -> None:
+        async def move(number: int = number, prospect: UUID = prospect) -> None:
             async with product.transaction():
+                if number % 2:
+                    await product.execute("SELECT 1 FROM campaigns WHERE id = $1 FOR UPDATE", campaign_id)
+                if number % 3 == 0:
+                    # An import counts itself in, as the product's does.
+                    await add_prospects(product, campaign_id, "pending", 20)
+                    await product.execute(
+                        "UPDATE campaigns SET stats = jsonb_set(stats, '{total}',"
+                        " to_jsonb((stats ->> 'total')::int + 20)) WHERE id = $1",
+                        campaign_id,
+                    )
                 await product.execute("SELECT update_prospect_with_stat($1, 'sent')", prospect)
                 await asyncio.sleep(dice.uniform(0.002, 0.006))
 
         moving = asyncio.create_task(move())
         await asyncio.sleep(dice.uniform(0, 0.003))
-        await recounter(ours, campaign_id)
+        await asyncio.gather(*(recounter(consumer, campaign_id) for consumer in consumers))
         await moving
         stale += await stats_of(watcher, campaign_id) != expected_stats(await truth(watcher, campaign_id))
-    for connection in (product, ours, watcher):
+    for connection in (product, watcher, *consumers):
         await connection.close()
     return stale
 

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import signal
+import sys
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -11,6 +14,7 @@ from cloudevents.core.bindings.kafka import KafkaMessage, from_structured_event
 from cloudevents.core.formats.json import JSONFormat
 
 from tests.conftest import Bus, StartService, command, eventually
+from tests.servers import REPOSITORY
 from tests.world import (
     REFERENCE,
     USER,
@@ -423,6 +427,50 @@ async def test_commands_sync_why_drift_reconcile_tail(
     await eventually(published_again, "reconcile publishes again though nothing changed", running)
     assert (await command(environment, "reconcile", str(uuid4())))[0] == 1
     assert (await command(environment, "reconcile"))[0] == 2
+
+
+async def test_nothing_personal_goes_onto_the_bus(service: StartService, bus: Bus, db: asyncpg.Connection) -> None:
+    campaign_id = await add_campaign(db, {"sent": 95, "bounced": 5})
+    secrets = ("jane@example.org", "Jane", "Doe", "ACME", "kind regards")
+    await db.execute("UPDATE campaigns SET signature = $1", secrets[4])
+    await db.execute(
+        "UPDATE campaign_prospects SET email = $1, first_name = $2, last_name = $3, company = $4", *secrets[:4]
+    )
+    running = await service(sweep_interval_s=0.2)
+    for request in (hint(campaign_id), sync_request(campaign_id), sync_request(uuid4())):
+        name = "campaign.sync-requested" if "sync" in request["type"] else "prospect.status-changed"
+        await bus.publish(bus.topics.prefix + name, request, key=request["subject"])
+    for topic in bus.topics.written:
+        records = await eventually(partial(bus.read, topic), topic, running)
+        written = b"".join(record.value for record in records)
+        assert not [secret for secret in secrets if secret.encode() in written]
+    assert not [secret for secret in secrets if secret in "".join(running.raw)]
+
+
+async def test_tail_follows_what_is_published(
+    service: StartService, environment: dict[str, str], bus: Bus, db: asyncpg.Connection
+) -> None:
+    campaign_id = await add_campaign(db, {"sent": 95, "bounced": 5})
+    await service()
+    tail = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "consumer", "tail", env=environment, cwd=REPOSITORY,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert tail.stderr is not None
+    assert tail.stdout is not None
+    async with asyncio.timeout(20):
+        assert b"following" in await tail.stderr.readline()
+        topic = bus.topics.prefix + "prospect.status-changed"
+        await bus.publish(topic, hint(campaign_id), key=str(campaign_id))
+        await bus.publish(topic, b"oops", key=str(campaign_id))
+        lines = {(await tail.stdout.readline()).decode().rstrip() for _ in range(3)}
+    tail.send_signal(signal.SIGINT)
+    await tail.communicate()
+    assert tail.returncode == 130
+    assert f"paused  {campaign_id}  5 of 100 bounced (5.00 %)" in lines
+    stats = '{"total":100,"sent":95,"replied":0,"bounced":5}'
+    assert f"stats  {campaign_id}  paused  {stats}  status_changed" in lines
+    assert any(line.startswith("dead letter  not_json: ") for line in lines)
 
 
 async def test_prospects_added_meanwhile_are_counted(service: StartService, bus: Bus, db: asyncpg.Connection) -> None:
