@@ -23,7 +23,6 @@ from consumer.outcome import Deferral, Outcome
 from consumer.recount import Rules, recount_campaigns, tally
 
 COLLECT_AT_MOST: Final = 200_000  # records; about 100 MB when every campaign is another one
-DECODE_AT_ONCE: Final = 200  # validated together; larger lists drive the garbage collector (measured)
 
 log = structlog.get_logger(__name__)
 
@@ -124,21 +123,19 @@ class Pipeline:
     def _collect(self, batch: Batch) -> None:
         generation = self._collecting
         kinds = dict.fromkeys(("status_hint", "sync_request", "newer_version", "tombstone", "dead_letter"), 0)
-        for begin in range(0, len(batch.records), DECODE_AT_ONCE):
-            records = batch.records[begin : begin + DECODE_AT_ONCE]
-            for record, event in zip(records, decode(records), strict=True):
-                match event:
-                    case StatusHint():
-                        generation.add_hint(event)
-                        kinds["newer_version" if event.newer else "status_hint"] += 1
-                    case SyncRequest():
-                        generation.add_request(event)
-                        kinds["sync_request"] += 1
-                    case DeadLetter():
-                        generation.add_dead_letter(record, event)
-                        kinds["dead_letter"] += 1
-                    case Ignored():
-                        kinds["tombstone"] += 1
+        for record, event in zip(batch.records, decode(batch.records), strict=True):
+            match event:
+                case StatusHint():
+                    generation.add_hint(event)
+                    kinds["newer_version" if event.newer else "status_hint"] += 1
+                case SyncRequest():
+                    generation.add_request(event)
+                    kinds["sync_request"] += 1
+                case DeadLetter():
+                    generation.add_dead_letter(record, event)
+                    kinds["dead_letter"] += 1
+                case Ignored():
+                    kinds["tombstone"] += 1
         if batch.records:
             sent_at = batch.records[0].timestamp / 1000
             self._oldest = sent_at if self._oldest is None else min(self._oldest, sent_at)

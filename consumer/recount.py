@@ -55,6 +55,11 @@ class Rules:
 
     limits: Limits
     logged: set[str] = field(default_factory=set)
+    default: Resolved = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Resolve once what holds for nearly every campaign."""
+        self.default = resolve(self.limits, None, None)
 
     def once(self, thing: str) -> bool:
         """True the first time `thing` comes up."""
@@ -149,6 +154,8 @@ async def _judge(db: Transaction, candidates: Mapping[UUID, tuple[Recount, Resol
 
 def limits_of(recount: Recount, rules: Rules) -> Resolved:
     """The limits that hold for this campaign; a wrong row is logged once and its level ignored."""
+    if recount.user_limits is None and recount.campaign_limits is None:
+        return rules.default
     resolved = resolve(rules.limits, recount.user_limits, recount.campaign_limits)
     for problem in resolved.ignored:
         if rules.once(f"{recount.campaign.id} {problem}"):

@@ -32,13 +32,12 @@ $$;
 
 CREATE FUNCTION campaign_stats.drift(stored jsonb, truth jsonb) RETURNS jsonb
 -- Truth minus stored, only keys that differ: '{}' when the stored numbers are right. Absent and unusable count as 0.
+-- Callers compare first: it cannot be inlined, and calling it for every campaign costs a recount 1.4x (measured).
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-    SELECT CASE WHEN stored = truth THEN '{}' ELSE
-        (SELECT coalesce(jsonb_object_agg(compared.key, compared.difference)
-                         FILTER (WHERE compared.difference <> 0), '{}')
-           FROM (SELECT k.key, campaign_stats.stat(truth, k.key) - campaign_stats.stat(stored, k.key) AS difference
-                   FROM unnest(ARRAY['total', 'sent', 'replied', 'bounced', 'completed', 'timed_out',
-                                     'connection_sent', 'connected', 'message_sent']) AS k (key)) AS compared) END
+    SELECT coalesce(jsonb_object_agg(compared.key, compared.difference) FILTER (WHERE compared.difference <> 0), '{}')
+      FROM (SELECT k.key, campaign_stats.stat(truth, k.key) - campaign_stats.stat(stored, k.key) AS difference
+              FROM unnest(ARRAY['total', 'sent', 'replied', 'bounced', 'completed', 'timed_out',
+                                'connection_sent', 'connected', 'message_sent']) AS k (key)) AS compared
 $$;
 
 CREATE FUNCTION campaign_stats.holdable(campaign_ids uuid[], caller text, huge_from bigint, chunk_budget bigint)
@@ -103,7 +102,7 @@ BEGIN
                last_synced_at = greatest(c.last_synced_at, stamp),
                updated_at = CASE WHEN n.drift <> '{}' THEN stamp ELSE c.updated_at END
           FROM (SELECT b.id, b.last_synced_at AS synced_before, t.counts, t.stats,
-                       campaign_stats.drift(b.stats, t.stats) AS drift
+                       CASE WHEN b.stats = t.stats THEN '{}' ELSE campaign_stats.drift(b.stats, t.stats) END AS drift
                   FROM public.campaigns b
                  CROSS JOIN LATERAL campaign_stats.count_prospects(b.id) AS t
                  WHERE b.id = ANY (mine)) AS n

@@ -2,5 +2,5 @@
 SELECT c.id, c.name, c.type, c.status, c.last_synced_at, c.stats AS stored, t.stats AS truth,
        campaign_stats.drift(c.stats, t.stats) AS drift
   FROM public.campaigns c CROSS JOIN LATERAL campaign_stats.count_prospects(c.id) AS t
- WHERE campaign_stats.drift(c.stats, t.stats) <> '{}'
+ WHERE c.stats <> t.stats AND campaign_stats.drift(c.stats, t.stats) <> '{}'
  ORDER BY c.id

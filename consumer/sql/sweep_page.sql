@@ -6,7 +6,8 @@ WITH page AS (
      WHERE $1::uuid IS NULL OR c.id > $1::uuid
      ORDER BY c.id LIMIT $2
 ), compared AS (
-    SELECT p.*, t.counts, campaign_stats.drift(p.stats, t.stats) AS drift
+    SELECT p.*, t.counts,
+           CASE WHEN p.stats = t.stats THEN '{}' ELSE campaign_stats.drift(p.stats, t.stats) END AS drift
       FROM page p CROSS JOIN LATERAL campaign_stats.count_prospects(p.id) AS t
 )
 SELECT c.id, c.type, c.status, c.last_synced_at, c.counts, c.drift,

@@ -31,6 +31,7 @@ from tests.benchmarks.workload import Truth
 from tests.servers import ApacheKafka
 
 FLOOR: Final = 250.0  # times the peer's rate
+OTHERS_AT_MOST: Final = 0.25  # cores; beyond it the peer, which waits more often, loses more than the service does
 MEMORY_LIMIT_MB: Final = 400.0
 PEAK_GROWTH_MB: Final = 16.0  # what a second backlog may add to the highest value: where pages lie is chance ...
 REST_GROWTH: Final = 0.05  # ... and to what stays afterwards: 5 MB of 100 would be 10 bytes kept of each hint
@@ -389,12 +390,17 @@ def others_s() -> float:
 
 
 def ratios(runs: Sequence[Run]) -> list[float]:
-    """Service over peer, one per round in which both runs are valid."""
+    """Service over peer, one per round in which both runs count."""
     rates: dict[int, dict[str, float]] = {}
-    for run in runs:
-        if not run.problems:
-            rates.setdefault(run.round, {})[run.contestant] = run.rate
+    for run in counting(runs):
+        rates.setdefault(run.round, {})[run.contestant] = run.rate
     return [pair[SERVICE] / pair[PER_EVENT] for pair in rates.values() if len(pair) == 2]
+
+
+def counting(runs: Sequence[Run]) -> list[Run]:
+    """Valid runs of rounds that no other program disturbed."""
+    disturbed = {run.round for run in runs if run.others > OTHERS_AT_MOST}
+    return [run for run in runs if not run.problems and run.round not in disturbed]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -34,7 +34,9 @@ def campaign_id(number: int) -> UUID:
 
 def changed(value: T, **fields: object) -> T:
     """`value` with other fields; the names are checked by the dataclass itself."""
-    return replace(value, **fields)  # type: ignore[type-var, return-value, unused-ignore]  # T is always a dataclass
+    if isinstance(value, tuple):
+        return value._replace(**fields)  # type: ignore[attr-defined, no-any-return]  # a named tuple
+    return replace(value, **fields)  # type: ignore[type-var, return-value, unused-ignore]  # else a dataclass
 
 
 def cause(name: str = "hint-1", **fields: object) -> Cause:
