@@ -36,11 +36,15 @@ SEND_DEADLINE_S: Final = 10.0  # with PRODUCER_DEADLINE_S below idle_in_transact
 PRODUCER_DEADLINE_S: Final = 8.0  # inside a transaction
 START_DEADLINE_S: Final = 30.0
 STOP_DEADLINE_S: Final = 2.0
+TOPIC_DEADLINE_S: Final = 1.0  # a missing topic must not hold up the others
+LOOK_UP_DEADLINE_S: Final = 3.0  # of gauges: how soon a silent broker is noticed
 MAX_BATCH_BYTES: Final = 256 * 1024
 MAX_REQUEST_BYTES: Final = 16 * 1024 * 1024  # above any broker's usual limit: the broker decides what is too large
 BIG_ROW_BYTES: Final = 128 * 1024  # larger rows get a batch of their own, so that one of them cannot spoil many
 STEP_MS: Final = 100  # one fetch behind broken bytes
 REFUSED_FOR_EVER: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
+
+CREATE_TOPICS: Final = "run `campaign-stats topics --create` or create it"
 
 log = structlog.get_logger(__name__)
 
@@ -115,6 +119,9 @@ class Source:
         self._fetch_max_wait_ms = fetch_max_wait_ms
         self._consumer: Any = None
         self._next: dict[Any, int] = {}  # per partition: one after the last offset handed out
+        self._batches: list[Batch] = []  # read, but not handed out yet: kept when a later call of the same poll fails
+        self._passed: list[Passed] = []
+        self._must_isolate = False
         self._broken: dict[Any, tuple[int, int, str]] = {}  # per partition: first offset, offset to try, error
 
     async def start(self, revoked: Revoked, assigned: Assigned) -> None:
@@ -153,23 +160,33 @@ class Source:
 
         Raises Unavailable. Awaited without a time limit: cancelling it would switch off the client's own checks.
         """
-        batches: list[Batch] = []
-        passed: list[Passed] = []
+        if self._must_isolate:
+            await self._isolate()
         for partition in list(self._broken):
-            await self._step_past(partition, batches, passed)
+            await self._step_past(partition)
         readable = [partition for partition in self._consumer.assignment() if partition not in self._broken]
-        if self._broken and not readable:
-            return batches, passed
-        try:
-            self._deliver(await self._getmany(readable if self._broken else (), POLL_MS), batches)
-        except _BytesError as error:
-            await self._isolate(error)
+        if readable or not self._broken:
+            try:
+                found = await self._getmany(readable if self._broken else (), POLL_MS)
+            except _BytesError as error:
+                log.warning("unreadable bytes in a fetch", error=str(error))
+                self._must_isolate = True
+            else:
+                for partition, records in found.items():
+                    self._hand_out(partition, records, records[-1].offset + 1)
+                if not found:
+                    await self._notice_moves(readable)
+        batches, self._batches = self._batches, []
+        passed, self._passed = self._passed, []
         return batches, passed
 
     def forget(self) -> None:
         """Partitions are being taken away: nothing of them may survive into the next assignment."""
         self._next.clear()
         self._broken.clear()
+        self._batches.clear()
+        self._passed.clear()
+        self._must_isolate = False
 
     def pause(self) -> None:
         """Fetch nothing more from the partitions assigned now."""
@@ -201,7 +218,7 @@ class Source:
         """The group's committed offset of each partition that has one. Raises Unavailable."""
         found = {}
         try:
-            async with asyncio.timeout(CALL_DEADLINE_S):
+            async with asyncio.timeout(LOOK_UP_DEADLINE_S):
                 for partition in partitions:
                     offset = await self._consumer.committed(TopicPartition(*partition))
                     if offset is not None:
@@ -226,7 +243,7 @@ class Source:
         if not partitions:
             return {}
         try:
-            async with asyncio.timeout(CALL_DEADLINE_S):
+            async with asyncio.timeout(LOOK_UP_DEADLINE_S):
                 found = await call([TopicPartition(*partition) for partition in partitions])
         except (KafkaError, TimeoutError) as error:
             raise Unavailable("kafka", f"{type(error).__name__} while reading offsets") from error
@@ -247,30 +264,41 @@ class Source:
             raise _BytesError(type(error).__name__) from error  # header key not UTF-8, broken compression, ...
         return found
 
-    def _deliver(self, found: Mapping[Any, list[Any]], batches: list[Batch]) -> None:
-        for partition, records in found.items():
-            self._next[partition] = records[-1].offset + 1
-            batches.append(Batch((partition.topic, partition.partition), records, records[-1].offset + 1))
+    def _hand_out(self, partition: Any, records: Sequence[Any], next_offset: int) -> None:
+        self._next[partition] = next_offset
+        self._batches.append(Batch((partition.topic, partition.partition), records, next_offset))
 
-    async def _isolate(self, error: "_BytesError") -> None:
+    async def _notice_moves(self, partitions: Sequence[Any]) -> None:
+        """Positions also move without records: past transaction markers, or to the start of what retention left."""
+        for partition in partitions:
+            try:
+                async with asyncio.timeout(STEP_MS / 1000):
+                    position = await self._consumer.position(partition)
+            except (KafkaError, TimeoutError):
+                continue
+            if partition in self._next and position <= self._next[partition]:
+                continue
+            self._hand_out(partition, (), position)
+
+    async def _isolate(self) -> None:
         """One partition's bytes broke the whole poll: begin again where we were, and ask each partition alone.
 
         The client has forgotten records that it read before the broken ones, so every partition goes back to the last
         offset it handed out. The next polls walk on, one record at a time, in the partitions that fail alone.
         """
-        log.warning("unreadable bytes in a fetch", error=str(error))
-        for partition in sorted(self._consumer.assignment()):
-            begin = self._next.get(partition)
-            if begin is None:
-                name = (partition.topic, partition.partition)
-                begin = (await self.committed([name])).get(name)
-                if begin is None:
-                    begin = (await self.starts([name]))[name]
+        assigned = sorted(self._consumer.assignment())
+        names = [(partition.topic, partition.partition) for partition in assigned if partition not in self._next]
+        known = {**await self.starts(names), **await self.committed(names)}
+        if set(assigned) != self._consumer.assignment():
+            return  # taken away meanwhile
+        for partition in assigned:
+            begin = self._next.get(partition, known.get((partition.topic, partition.partition), 0))
             self._next[partition] = begin
             self._consumer.seek(partition, begin)
             self._broken[partition] = (begin, begin, "")
+        self._must_isolate = False
 
-    async def _step_past(self, partition: Any, batches: list[Batch], passed: list[Passed]) -> None:
+    async def _step_past(self, partition: Any) -> None:
         """Go on record by record: hand out what can be, and count as passed what cannot, until a fetch succeeds again.
 
         The client reads lazily, so records of the same batch before the broken ones come out; those after them cannot.
@@ -286,19 +314,21 @@ class Source:
                 return
             if partition not in self._broken:
                 return  # taken away meanwhile
-            records = found.get(partition)
-            if not records and at < (await self.ends([name]))[name]:
+            records = found.get(partition, [])
+            if records:
+                next_offset = records[-1].offset + 1
+                self._broken[partition] = (next_offset, next_offset, "")
+                self._hand_out(partition, records, next_offset)
+            elif at < (await self.ends([name]))[name]:
                 return  # not fetched yet
-            next_offset = records[-1].offset + 1 if records else at
             if why:
                 last = (records[0].offset if records else at) - 1
-                passed.append(Passed(name, first, last, why, too_large=why == RecordTooLargeError.__name__))
-            self._next[partition] = next_offset
-            batches.append(Batch(name, records or (), next_offset))
+                self._passed.append(Passed(name, first, last, why, too_large=why == RecordTooLargeError.__name__))
             if why or not records:
-                del self._broken[partition]  # past it; the next poll reads on as usual
+                self._broken.pop(partition, None)  # past it; the next poll reads on as usual
+                if not records:
+                    self._hand_out(partition, (), at)
                 return
-            self._broken[partition] = (next_offset, next_offset, "")
 
 
 class _BytesError(Exception):
@@ -338,19 +368,30 @@ class Publisher:
         producer = await self._ready()
         deadline = asyncio.get_running_loop().time() + SEND_DEADLINE_S
         results: list[Sent] = [Sent(error="not acknowledged in time")] * len(rows)
+        partitions = await self._partitions(producer, {row.topic for row in rows})
+        known = []
+        for place, row in enumerate(rows):
+            if partitions[row.topic]:
+                known.append(place)
+            else:
+                results[place] = Sent(error=f"topic {row.topic} is not to be had")
         try:
             async with asyncio.timeout_at(deadline):
-                futures = await self._send_batches(producer, rows)
+                futures = await self._send_batches(producer, rows, known, partitions)
             left_s = max(0.0, deadline - asyncio.get_running_loop().time())
-            done, _ = await asyncio.wait([future for future, _ in futures], timeout=left_s)
+            done = set()
+            if futures:
+                done, _ = await asyncio.wait([future for future, _ in futures], timeout=left_s)
             for future, places in futures:
                 if future in done:
                     error = future.exception()
                     for place in places:
                         results[place] = ACKNOWLEDGED if error is None else Sent(error=type(error).__name__)
         except (KafkaError, OSError, TimeoutError) as error:
-            results = [sent if sent is ACKNOWLEDGED else Sent(error=type(error).__name__) for sent in results]
-        if any(sent is not ACKNOWLEDGED for sent in results):
+            for place in known:
+                if results[place] is not ACKNOWLEDGED:
+                    results[place] = Sent(error=type(error).__name__)
+        if any(results[place] is not ACKNOWLEDGED for place in known):
             await self.close(STOP_DEADLINE_S)  # a sequence gap stays for ever in an idempotent producer
         return results
 
@@ -393,11 +434,17 @@ class Publisher:
             self._producer = producer
         return self._producer
 
-    async def _send_batches(self, producer: Any, rows: Sequence[Outgoing]) -> list[tuple[Any, list[int]]]:
-        """Futures, each with the places of the rows it stands for."""
+    async def _send_batches(
+        self, producer: Any, rows: Sequence[Outgoing], wanted: Sequence[int], partitions: Mapping[str, list[int]]
+    ) -> list[tuple[Any, list[int]]]:
+        """Futures, each with the places of the rows it stands for; only the places `wanted` are sent."""
         places_of: dict[tuple[str, int], list[int]] = {}
-        for place, row in enumerate(rows):
-            places_of.setdefault((row.topic, await self._partition(producer, row)), []).append(place)
+        for place in wanted:
+            row = rows[place]
+            among = partitions[row.topic]
+            # As every Kafka client does by default, so that neighbours find a key where they expect it.
+            partition = among[(murmur2(row.key or b"") & 0x7FFFFFFF) % len(among)]
+            places_of.setdefault((row.topic, partition), []).append(place)
         futures: list[tuple[Any, list[int]]] = []
         for (topic, partition), places in places_of.items():
             batch, inside = producer.create_batch(), list[int]()
@@ -417,17 +464,27 @@ class Publisher:
         return batch.append(timestamp=None, key=row.key, value=row.value, headers=list(row.headers)) is not None
 
     @staticmethod
-    async def _partition(producer: Any, row: Outgoing) -> int:
-        # As every Kafka client does by default, so that neighbours find a key where they expect it.
-        partitions = sorted(await producer.partitions_for(row.topic))
-        place: int = partitions[(murmur2(row.key or b"") & 0x7FFFFFFF) % len(partitions)]
-        return place
+    async def _partitions(producer: Any, topics: set[str]) -> dict[str, list[int]]:
+        """Partition numbers of each topic; none for one that is missing or may not be seen, which is soon said."""
+        found: dict[str, list[int]] = {}
+        for topic in topics:
+            try:
+                async with asyncio.timeout(TOPIC_DEADLINE_S):
+                    found[topic] = sorted(await producer.partitions_for(topic))
+            except (KafkaError, TimeoutError):
+                found[topic] = []
+        return found
 
     async def _one_by_one(self, rows: Sequence[Outgoing]) -> list[Sent]:
         results: list[Sent] = []
         deadline = asyncio.get_running_loop().time() + SEND_DEADLINE_S
         for row in rows:
             producer = await self._ready()
+            if not (await self._partitions(producer, {row.topic}))[row.topic]:
+                results.append(Sent(error=f"topic {row.topic} is not to be had"))
+                if asyncio.get_running_loop().time() > deadline:
+                    break
+                continue
             try:
                 async with asyncio.timeout_at(deadline):
                     await producer.send_and_wait(row.topic, row.value, key=row.key, headers=list(row.headers))
@@ -510,6 +567,9 @@ class Reader:
                 await self._consumer.seek_to_end()
                 for partition in partitions:
                     await self._consumer.position(partition)
+        except ConfigError:
+            await _close(self._consumer, STOP_DEADLINE_S)
+            raise
         except (KafkaError, OSError, TimeoutError) as error:
             await _close(self._consumer, STOP_DEADLINE_S)
             raise Unavailable("kafka", f"{type(error).__name__} while starting to read") from error

@@ -16,7 +16,7 @@ import orjson
 from asyncpg.pool import PoolConnectionProxy
 
 from consumer.envelope import Cause, SyncRequest
-from consumer.errors import Unavailable
+from consumer.errors import TooSlow, Unavailable
 from consumer.generation import Seen, Work
 from consumer.guard import Override, Window, rate_bp
 from consumer.outcome import Campaign, Deferral, Held, Outcome, Recount
@@ -41,7 +41,9 @@ SESSION: Final = {
     "timezone": "UTC",
 }
 OUTAGE_CLASSES: Final = ("08", "53", "57P", "40", "28", "3D")  # 28, 3D: login refused, database missing
-OUTAGE_STATES: Final = frozenset(("25006", "42501", "0A000", "42P01", "42883", "42703", "3F000"))
+OUTAGE_STATES: Final = frozenset(
+    ("25006", "42501", "0A000", "42P01", "42883", "42703", "3F000", "57014", "55P03")
+)  # the last two only outside a recount, where TooSlow stands for them: a table of ours is locked, a page was too slow
 STALE_POOL: Final = frozenset(("25006", "57P01"))  # after a failover a pool keeps talking to the old node
 
 
@@ -111,6 +113,17 @@ def translated() -> Iterator[None]:
         raise
     except (asyncpg.InterfaceError, OSError, TimeoutError) as error:
         raise Unavailable("database", f"{type(error).__name__}") from error
+
+
+@contextmanager
+def slow_is_an_error() -> Iterator[None]:
+    """Inside a recount a cancelled statement or a lock waited for in vain concerns its chunk alone: TooSlow."""
+    try:
+        yield
+    except asyncpg.LockNotAvailableError as error:
+        raise TooSlow(is_lock=True) from error
+    except asyncpg.QueryCanceledError as error:
+        raise TooSlow(is_lock=False) from error
 
 
 def is_outage(sqlstate: str | None) -> bool:
@@ -220,7 +233,7 @@ class Transaction:
     @asynccontextmanager
     async def savepoint(self) -> AsyncIterator[None]:
         """What is raised inside undoes only what was done inside. Raises Unavailable for an outage."""
-        with translated():
+        with translated(), slow_is_an_error():
             async with self._connection.transaction():
                 yield
 
@@ -236,7 +249,9 @@ class Transaction:
         """
         recounts: dict[UUID, Recount] = {}
         held: dict[UUID, Held] = {}
-        for row in await self._connection.fetch(statement("recount"), campaign_ids, caller):
+        with slow_is_an_error():
+            rows = await self._connection.fetch(statement("recount"), campaign_ids, caller)
+        for row in rows:
             if row["held"] is None:
                 recounts[row["campaign_id"]] = _recount(row)
             else:

@@ -12,11 +12,11 @@ from uuid import UUID
 import structlog
 
 from consumer import recount
-from consumer.errors import ServiceError, described
+from consumer.errors import ServiceError, TooSlow, described
 from consumer.generation import Work
 from consumer.health import Health
 from consumer.metrics import Metrics
-from consumer.outcome import Outcome, after_failure
+from consumer.outcome import Outcome, after_failure, put_off_locked
 from consumer.recount import Rules, recount_campaigns, tally
 from schemas.events import Trigger
 
@@ -88,6 +88,8 @@ class DeferredWorker:
                     outcome = await recount_campaigns(db, [work], "worker", self._rules)
             except ServiceError:
                 raise
+            except TooSlow as slow:
+                outcome = await (self._locked(db, work) if slow.is_lock else self._failed(db, work, slow))
             except Exception as error:
                 outcome = await self._failed(db, work, error)
         tally(self._metrics, outcome, "worker", time.monotonic() - begun)
@@ -95,6 +97,13 @@ class DeferredWorker:
         if outcome.outbox:
             self._wake_relay()
         return True
+
+    async def _locked(self, db: Transaction, work: Work) -> Outcome:
+        """Somebody holds a lock on a whole table: no failure of this campaign's."""
+        outcome = Outcome()
+        put_off_locked(outcome, work)
+        await db.save(outcome)
+        return outcome
 
     async def _failed(self, db: Transaction, work: Work, error: Exception) -> Outcome:
         failures, owner, now = await db.fail(work.campaign_id)

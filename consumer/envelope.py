@@ -71,10 +71,13 @@ class Cause(NamedTuple):  # one per hint: a named tuple is made in a third of th
 
 
 class StatusHint(NamedTuple):  # one per hint, as above
-    """This campaign is dirty. `newer`: a later version of a known type; a hint, never answered, counted apart."""
+    """This campaign is dirty. `newer`: a later version of a known type; a hint, never answered, counted apart.
+
+    `cause` is None for a newer sync request: a request's id stands as causationid only in its answers.
+    """
 
     campaign_id: UUID
-    cause: Cause
+    cause: Cause | None
     newer: bool = False
 
 
@@ -256,7 +259,8 @@ def _understand(parsed: _Parsed) -> StatusHint | SyncRequest:
     campaign_id = UUID(campaign)
     cause = _cause(event)
     if match.group(2) != "1":
-        return StatusHint(campaign_id, cause, newer=True)
+        is_request = match.group(1) == "campaign.sync_requested"
+        return StatusHint(campaign_id, None if is_request else cause, newer=True)
     if match.group(1) == "prospect.status_changed":
         _check(events.ProspectStatusChangedV1, data, parsed)
         return StatusHint(campaign_id, cause)

@@ -44,6 +44,17 @@ class Unavailable(ServiceError):
         self.detail = detail
 
 
+class TooSlow(Exception):
+    """A statement of a recount was cancelled or waited too long for a lock: an error of that chunk, not an outage.
+
+    `is_lock`: it waited for a lock, which is nobody's failure.
+    """
+
+    def __init__(self, *, is_lock: bool) -> None:
+        super().__init__("waited too long for a lock" if is_lock else "took longer than statement_timeout")
+        self.is_lock = is_lock
+
+
 class OwnershipLost(ServiceError):
     """The partitions belong to somebody else now."""
 

@@ -56,18 +56,21 @@ class Work:
 class Generation:
     """Filled by the fetch loop, then handed over whole to the flush owner, which alone reads it from then on.
 
-    `offsets` are the next offsets to read; they may be committed once everything else in here is done.
+    `offsets` are the next offsets to read; they may be committed once everything else in here is done. `held_bytes`: what
+    the dead letters hold in memory.
     """
 
-    hints: dict[UUID, Cause] = field(default_factory=dict)
+    hints: dict[UUID, Cause | None] = field(default_factory=dict)
     requests: dict[UUID, dict[tuple[str, str], SyncRequest]] = field(default_factory=dict)
     dead_letters: list[tuple[Record, DeadLetter]] = field(default_factory=list)
     offsets: dict[Partition, int] = field(default_factory=dict)
     records: int = 0
+    held_bytes: int = 0
 
     def add_hint(self, hint: StatusHint) -> None:
         """A campaign is dirty; a later hint replaces an earlier one."""
-        self.hints[hint.campaign_id] = hint.cause
+        if hint.cause is not None or hint.campaign_id not in self.hints:
+            self.hints[hint.campaign_id] = hint.cause
 
     def add_request(self, request: SyncRequest) -> None:
         """A sync request; the same event twice is one request."""
@@ -76,6 +79,7 @@ class Generation:
     def add_dead_letter(self, record: Record, letter: DeadLetter) -> None:
         """A record that can never be read."""
         self.dead_letters.append((record, letter))
+        self.held_bytes += len(record.value or b"")
 
     def read_up_to(self, partition: Partition, next_offset: int, records: int) -> None:
         """`records` more were collected from `partition`; reading goes on at `next_offset`."""

@@ -318,16 +318,20 @@ def _defer_guard(outcome: Outcome, work: Work, recount: Recount) -> None:
     outcome.deferrals.append(Deferral(again, "guard", min(2.0 ** min(tries, 12), LONGEST_RETRY_S), tries))
 
 
+def put_off_locked(outcome: Outcome, work: Work) -> None:
+    """Try again soon: locks are short."""
+    tries = work.tries + 1 if work.reason == "locked" else 0
+    delay_s = min(LOCKED_FIRST_S * 2.0 ** min(tries, 16), LOCKED_LONGEST_S)
+    outcome.deferrals.append(Deferral(work, "locked", delay_s, tries))
+
+
 def _held(outcome: Outcome, work: Work, hold: Held) -> None:
     if hold.reason == "later":
         outcome.later.append(work)
         return
     wait_s = max(0.0, (hold.retry_at - hold.now).total_seconds()) if hold.retry_at is not None else 0.0
     if hold.reason == "locked":
-        tries = work.tries + 1 if work.reason == "locked" else 0
-        outcome.deferrals.append(
-            Deferral(work, "locked", min(LOCKED_FIRST_S * 2.0 ** min(tries, 16), LOCKED_LONGEST_S), tries)
-        )
+        put_off_locked(outcome, work)
     elif hold.reason == "huge":
         outcome.deferrals.append(Deferral(work, "huge", wait_s))
     else:

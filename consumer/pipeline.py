@@ -23,6 +23,7 @@ from consumer.outcome import Deferral, Outcome
 from consumer.recount import Rules, recount_campaigns, tally
 
 COLLECT_AT_MOST: Final = 200_000  # records; about 100 MB when every campaign is another one
+HOLD_AT_MOST: Final = 64 * 1024 * 1024  # bytes of dead letters, which are held whole until they are written
 
 log = structlog.get_logger(__name__)
 
@@ -97,7 +98,7 @@ class Pipeline:
         self._idle = asyncio.Event()
         self._idle.set()
         self._epoch = 0
-        self._is_ours = False  # between let_go and take_over nothing is collected and nothing flushed
+        self.is_ours = False  # between let_go and take_over nothing is collected and nothing flushed
         self.assigned: frozenset[Partition] = frozenset()
 
     async def fetch(self) -> None:
@@ -105,14 +106,15 @@ class Pipeline:
         while True:
             batches, passed = await self._health.persist("fetch", self._source.poll)
             self._health.polled()
-            if not self._is_ours:
+            if not self.is_ours:
                 continue  # offsets stay, so whoever reads next reads them again
             self._passed.extend(passed)
             for batch in batches:
                 self._collect(batch)
             if self._collecting or self._passed:
                 self._filled.set()
-            if not self._full and self._collecting.records >= COLLECT_AT_MOST:
+            generation = self._collecting
+            if not self._full and (generation.records >= COLLECT_AT_MOST or generation.held_bytes >= HOLD_AT_MOST):
                 self._full = True
                 self._source.pause()
             self._metrics.collecting.set(self._collecting.records)
@@ -155,7 +157,7 @@ class Pipeline:
             if self._full:
                 self._full = False
                 self._source.resume()
-            if not self._is_ours or not (generation or passed):
+            if not self.is_ours or not (generation or passed):
                 continue
             self._idle.clear()
             try:
@@ -185,6 +187,8 @@ class Pipeline:
         self._metrics.generation_records.observe(generation.records)
         self._metrics.generation_campaigns.observe(generation.campaigns)
         self._metrics.generation_seconds.observe(seconds)
+        if not generation.records and not passed:
+            return  # only a position that moved without records
         log.info(
             "generation flushed",
             records=generation.records,
@@ -239,7 +243,7 @@ class Pipeline:
         Waits without a limit of its own; the caller has one deadline for everything.
         """
         self._epoch += 1
-        self._is_ours = False
+        self.is_ours = False
         self._collecting = Generation()
         self._passed = []
         self._oldest = None
@@ -247,9 +251,14 @@ class Pipeline:
         self.assigned = frozenset()
         await self._idle.wait()
 
+    @property
+    def epoch(self) -> int:
+        """Rises whenever partitions are taken away."""
+        return self._epoch
+
     def take_over(self, partitions: Sequence[Partition]) -> None:
         """These partitions are ours now, and nothing of the time before is left."""
-        self._is_ours = True
+        self.is_ours = True
         self._collecting = Generation()
         self._passed = []
         self._full = False
