@@ -379,7 +379,7 @@ class Publisher:
             async with asyncio.timeout_at(deadline):
                 futures = await self._send_batches(producer, rows, known, partitions)
             left_s = max(0.0, deadline - asyncio.get_running_loop().time())
-            done = set()
+            done: set[Any] = set()
             if futures:
                 done, _ = await asyncio.wait([future for future, _ in futures], timeout=left_s)
             for future, places in futures:
@@ -557,12 +557,11 @@ class Reader:
         try:
             async with asyncio.timeout(START_DEADLINE_S):
                 await self._consumer.start()
-                partitions = [
-                    TopicPartition(topic, partition)
-                    for topic in self._topics
-                    for partition in (await self._consumer._client.fetch_all_metadata()).partitions_for_topic(topic)
-                    or ()
-                ]
+                metadata = await self._consumer._client.fetch_all_metadata()
+                numbers = {topic: metadata.partitions_for_topic(topic) or () for topic in self._topics}
+                if missing := [topic for topic in self._topics if not numbers[topic]]:
+                    raise ConfigError([f"topic {topic} is missing: {CREATE_TOPICS}" for topic in missing])
+                partitions = [TopicPartition(topic, number) for topic in self._topics for number in numbers[topic]]
                 self._consumer.assign(partitions)
                 await self._consumer.seek_to_end()
                 for partition in partitions:

@@ -18,7 +18,7 @@ from consumer.broker import Outgoing, Publisher, Reader
 from consumer.database import Database
 from consumer.envelope import CONTENT_TYPE, encode
 from consumer.errors import ConfigError, ServiceError
-from consumer.settings import Settings, read_settings
+from consumer.settings import UNUSED, Settings, read_settings
 from schemas import events
 from schemas.topics import Topics
 
@@ -61,7 +61,10 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 
 
 def _print_json(document: object) -> None:
-    print(orjson.dumps(document, default=str).decode())
+    try:
+        print(orjson.dumps(document, default=str).decode())
+    except TypeError:  # a number that no double can hold, from a manual edit of stats
+        print(json.dumps(document, default=str))
 
 
 def _campaign_id(text: str) -> UUID:
@@ -99,7 +102,7 @@ def migrate(
     ] = False,
 ) -> None:
     """Apply the service's migrations to DATABASE_URL. Safe to run twice, at once, or again after a crash."""
-    settings = _settings(kafka_bootstrap_servers="unused")
+    settings = _settings(kafka_bootstrap_servers=UNUSED)
     applied = _run(migrations.migrate(settings.database_url.get_secret_value(), reference_schema=reference_schema))
     for name in applied:
         print(f"applied {name}")
@@ -114,7 +117,7 @@ def topics(
     replication: Annotated[int, typer.Option(min=1, help="Replicas of each new topic.")] = 3,
 ) -> None:
     """List the topics the service needs; with --create, create the missing ones. Exit 1 while some are missing."""
-    settings = _settings(database_url="unused")
+    settings = _settings(database_url=UNUSED)
     names = Topics(settings.topic_prefix)
     from consumer.service import kafka_connection
 
@@ -145,7 +148,7 @@ def sync(
     seconds: Annotated[float, typer.Argument(min=0.1, metavar="[SECONDS]", help="How long to wait.")] = 30.0,
 ) -> None:
     """Publish a sync request and print its id; with --wait, exit 0 for counts, 1 if rejected or unanswered."""
-    settings = _settings(database_url="unused")
+    settings = _settings(database_url=UNUSED)
     from consumer.service import kafka_connection
 
     connection = kafka_connection(settings)
@@ -162,6 +165,8 @@ def sync(
     async def publish() -> None:
         publisher = Publisher(connection, idempotence=settings.producer_idempotence)
         try:
+            if await publisher.check([names.of(events.SYNC_REQUESTED)]):
+                raise ConfigError([f"topic {names.of(events.SYNC_REQUESTED)} is missing: {broker.CREATE_TOPICS}"])
             row = Outgoing(names.of(events.SYNC_REQUESTED), str(campaign_id).encode(), event, CONTENT_TYPE)
             [sent] = await publisher.publish([row], alone=True)
         finally:
@@ -196,7 +201,7 @@ def sync(
 @app.command(epilog="Example: campaign-stats why 8c2b2d4e-e29b-41d4-a716-446655440000")
 def why(campaign_id: CampaignId, as_json: JsonFlag = False) -> None:
     """Explain what the bounce guard thinks of a campaign, in words and numbers. Exit 1 for an unknown id."""
-    settings = _settings(kafka_bootstrap_servers="unused")
+    settings = _settings(kafka_bootstrap_servers=UNUSED)
     explanation = _run(_with_database(settings, lambda db: questions.why(db, campaign_id, settings.limits)))
     if explanation is None:
         raise ServiceError(f"no campaign has the id {campaign_id}")
@@ -209,7 +214,7 @@ def why(campaign_id: CampaignId, as_json: JsonFlag = False) -> None:
 @app.command(epilog="Example: campaign-stats drift --json")
 def drift(as_json: JsonFlag = False) -> None:
     """Campaigns whose stored stats differ from the truth now. Changes nothing; exit 1 if there are any."""
-    settings = _settings(kafka_bootstrap_servers="unused")
+    settings = _settings(kafka_bootstrap_servers=UNUSED)
     found = _run(_with_database(settings, questions.drift))
     if as_json:
         _print_json(found)
@@ -237,7 +242,7 @@ def reconcile(
     """Defer campaigns for a recount by the running service and publish them anew. Prints how many."""
     if bool(campaign_ids) == everything:
         raise typer.BadParameter("give campaign ids, or --all")
-    settings = _settings(kafka_bootstrap_servers="unused")
+    settings = _settings(kafka_bootstrap_servers=UNUSED)
     delay_s = 0.0 if now else settings.drift_grace_s
     chosen = None if everything else campaign_ids
     count = _run(_with_database(settings, lambda db: questions.reconcile(db, chosen, delay_s)))
@@ -250,7 +255,7 @@ def reconcile(
 @app.command(epilog="Example: campaign-stats tail --json | head")
 def tail(as_json: JsonFlag = False) -> None:
     """Follow what the service publishes, from now on, until Ctrl-C."""
-    settings = _settings(database_url="unused")
+    settings = _settings(database_url=UNUSED)
     from consumer.service import kafka_connection
 
     connection = kafka_connection(settings)
@@ -312,6 +317,8 @@ async def _with_database(settings: Settings, ask: Any) -> Any:
     await database.open()
     try:
         async with database.connection() as connection:
+            if problems := await migrations.problems(connection):
+                raise ConfigError(problems)
             return await ask(connection)
     finally:
         await database.close(5.0)

@@ -56,8 +56,8 @@ class Work:
 class Generation:
     """Filled by the fetch loop, then handed over whole to the flush owner, which alone reads it from then on.
 
-    `offsets` are the next offsets to read; they may be committed once everything else in here is done. `held_bytes`: what
-    the dead letters hold in memory.
+    `offsets` are the next offsets to read; they may be committed once everything else in here is done. `held_bytes`:
+    what the dead letters hold in memory.
     """
 
     hints: dict[UUID, Cause | None] = field(default_factory=dict)

@@ -1,9 +1,33 @@
 """Logs: one JSON object a line."""
 
 import logging
-from typing import TextIO
+import time
+from typing import Final, TextIO
 
 import structlog
+
+CLIENT_LINE_EVERY_S: Final = 60.0
+
+
+class _Sparing(logging.Filter):
+    """While brokers are away their client logs a hundred lines a second: each kind of line passes once a minute.
+
+    Our own lines all pass: they are written once per change of state.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed_at: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether this line is written."""
+        if not record.name.startswith("aiokafka"):
+            return True
+        kind = f"{record.name}:{record.lineno}"
+        if time.monotonic() - self._passed_at.get(kind, -CLIENT_LINE_EVERY_S) < CLIENT_LINE_EVERY_S:
+            return False
+        self._passed_at[kind] = time.monotonic()
+        return True
 
 
 def configure(stream: TextIO, level: str) -> None:
@@ -22,6 +46,7 @@ def configure(stream: TextIO, level: str) -> None:
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(stream)
+    handler.addFilter(_Sparing())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -34,5 +59,5 @@ def configure(stream: TextIO, level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level)
-    logging.getLogger("aiokafka").setLevel(max(logging.WARNING, root.level))  # one line per retry otherwise
+    logging.getLogger("aiokafka").setLevel(max(logging.WARNING, root.level))
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)

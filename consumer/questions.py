@@ -73,10 +73,12 @@ class Explanation:
             rule,
             f"Now: {window.sent} mailed, {window.bounced} bounced: {share}. {said}",
         ]
-        if self.verdict in (Verdict.TOO_FEW_SENT, Verdict.BELOW_RATE):
-            lines.append(
-                f"It can bear {max(0, bounces_left(limits, window) - 1)} more bounces; one more than that pauses it."
-            )
+        left = bounces_left(limits, window)
+        then = "would pause it" if limits.mode is Mode.ENFORCE else "would be noted (mode observe)"
+        if self.verdict is Verdict.TOO_FEW_SENT:
+            lines.append(f"Once {limits.min_sent} were mailed, {window.bounced + left} bounces among them {then}.")
+        elif self.verdict is Verdict.BELOW_RATE:
+            lines.append(f"It can bear {left - 1} more bounces among those mailed; one more than that {then}.")
         own = [f"{name} by the {level}" for name, level in self.resolved.origin.items() if level != "default"]
         lines.append("Limits: " + (", ".join(own) + ", the rest by default." if own else "all by default."))
         lines.extend(f"Ignored: {problem}" for problem in self.resolved.ignored)

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from typing import Final
 from uuid import UUID
 
@@ -166,13 +167,19 @@ class Service:
 
     async def _start(self) -> None:
         await self._health.persist("start", self._database.open)
-        await self._health.persist("start", self._check_database)
-        await self._health.persist("start", self._check_topics)
+        problems = await self._health.persist("start", self._check_database)
+        if problems:  # list everything at once, but do not wait for Kafka to do so
+            with suppress(Unavailable):
+                problems += await self._check_topics()
+        else:
+            problems = await self._health.persist("start", self._check_topics)
+        if problems:
+            raise ConfigError(problems)
         await self._health.persist("start", lambda: self._source.start(self._revoked, self._pipeline.take_over))
         self._health.started = True
         log.info("started", group=self._settings.group, topics=self._topics.read)
 
-    async def _check_database(self) -> None:
+    async def _check_database(self) -> list[str]:
         try:
             await self._database.check_writable()
         except Unavailable as error:
@@ -183,22 +190,11 @@ class Service:
                 ) from error
             raise
         async with self._database.connection() as connection:
-            problems = await migrations.missing_columns(connection)
-            if not problems:
-                problems = await migrations.missing_rights(connection)
-            if problems:
-                raise ConfigError(problems)
-            if missing := await migrations.pending(connection):
-                problems.append(f"the database lacks migrations {', '.join(missing)}: run `campaign-stats migrate`")
-        if problems:
-            raise ConfigError(problems)
+            return await migrations.problems(connection)
 
-    async def _check_topics(self) -> None:
+    async def _check_topics(self) -> list[str]:
         missing = await self._events.check(self._topics.all)
-        if missing:
-            raise ConfigError(
-                [f"topic {topic} is missing: run `campaign-stats topics --create` or create it" for topic in missing]
-            )
+        return [f"topic {topic} is missing: {broker.CREATE_TOPICS}" for topic in missing]
 
     async def _finish(self, tasks: Sequence[asyncio.Task[None]]) -> int:
         """Stop under one deadline: finish the running chunk and turn, drop the rest; 3 when that took too long."""
@@ -226,7 +222,8 @@ class Service:
     async def _revoked(self) -> None:
         for topic, partition in self._pipeline.assigned:
             self._metrics.lag.remove(topic, str(partition))
-        self._ends.clear()
+        self._ends = {}
+        self._lag = 0
         try:
             async with asyncio.timeout(self._settings.shutdown_deadline_s):
                 await self._pipeline.let_go()
@@ -256,25 +253,30 @@ class Service:
                 self._metrics.degraded.labels(dependency).set(dependency in self._health.degraded)
             self._metrics.ready.set(self._health.not_ready is None)
             self._metrics.poll_age.set(time.monotonic() - self._health.polled_at)
-            try:
-                await self._sample_lag()
-                await self._sample_backlog()
-            except Unavailable:
-                pass  # the engines say so; gauges keep their last value
+            for name, sample in (("lag", self._sample_lag), ("backlog", self._sample_backlog)):
+                try:
+                    await sample()
+                except Unavailable as error:  # also how an idle service notices that a server is away
+                    self._health.lost(error.dependency, name, error.detail)
+                else:
+                    self._health.recovered(name)
             await asyncio.sleep(SAMPLE_S)
 
     async def _sample_lag(self) -> None:
         assigned = sorted(self._pipeline.assigned)
-        ends = await self._source.ends(assigned)
-        known = await self._source.committed(assigned)
-        starts = await self._source.starts([partition for partition in assigned if partition not in known])
-        for partition in assigned:
-            if partition in self._pipeline.assigned:
-                done = known.get(partition, starts.get(partition, 0))
-                self._metrics.lag.labels(partition[0], str(partition[1])).set(max(0, ends[partition] - done))
-        self._lag = sum(
-            max(0, ends[partition] - known.get(partition, starts.get(partition, 0))) for partition in assigned
-        )
+        epoch = self._pipeline.epoch
+        ends, done = await self._source.ends(assigned), await self._done(assigned)
+        if not self._pipeline.is_ours or epoch != self._pipeline.epoch:
+            return  # taken away meanwhile
+        lags = {partition: max(0, ends[partition] - done[partition]) for partition in assigned}
+        for (topic, number), lag in lags.items():
+            self._metrics.lag.labels(topic, str(number)).set(lag)
+        self._lag = sum(lags.values())
+
+    async def _done(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """The offset up to which everything is committed, or no longer kept, of each partition."""
+        starts, known = await self._source.starts(partitions), await self._source.committed(partitions)
+        return {partition: max(starts[partition], known.get(partition, 0)) for partition in partitions}
 
     async def _sample_backlog(self) -> None:
         backlog = await self._database.backlog()
@@ -322,11 +324,12 @@ class Service:
         log.info("caught up")
 
     async def _is_read(self) -> bool:
-        assigned = sorted(self._pipeline.assigned)
-        if not self._health.joined:
+        assigned, epoch = sorted(self._pipeline.assigned), self._pipeline.epoch
+        if not self._pipeline.is_ours:
+            return False  # in the middle of a rebalance nothing is known
+        ends = {**await self._source.ends([one for one in assigned if one not in self._ends]), **self._ends}
+        done = await self._done(assigned)
+        if not self._pipeline.is_ours or epoch != self._pipeline.epoch:
             return False
-        if new := [partition for partition in assigned if partition not in self._ends]:
-            self._ends.update(await self._source.ends(new))
-        known = await self._source.committed(assigned)
-        starts = await self._source.starts([partition for partition in assigned if partition not in known])
-        return all(known.get(partition, starts.get(partition, 0)) >= self._ends[partition] for partition in assigned)
+        self._ends = ends
+        return all(done[partition] >= ends[partition] for partition in assigned)

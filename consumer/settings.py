@@ -3,20 +3,48 @@
 import re
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
+from urllib.parse import parse_qs, urlsplit
 
-from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from consumer.errors import ConfigError
 from consumer.guard import Limits, Mode
 
 PREFIX: Final = "CAMPAIGN_STATS_"
+UNUSED: Final = "unused"  # stands for a server that a command does not talk to
+NO_URL: Final = "is no URL: write postgresql://user:password@host:5432/database, a / in user or password as %2F"
+SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
 def _whole(value: object) -> object:
     """The guard compares integers: 500.0 and 5_00 are refused as well as 0.05."""
     if isinstance(value, float) or (isinstance(value, str) and not re.fullmatch(r"-?[0-9]+", value)):
         raise ValueError("must be a whole number, written in digits")
+    return value
+
+
+def _database_url(value: object) -> object:
+    """Refused here with a sentence, because a driver's error would quote it, password included."""
+    if not isinstance(value, str) or value == UNUSED:
+        return value
+    try:
+        parts = urlsplit(value)
+        parts.port  # noqa: B018  # raises for a port that is none
+        modes = parse_qs(parts.query).get("sslmode", ["prefer"])
+    except ValueError:
+        raise ValueError(NO_URL) from None
+    if parts.scheme not in ("postgresql", "postgres") or "@" in parts.path:
+        raise ValueError(NO_URL)
+    if modes[-1] not in SSL_MODES:
+        raise ValueError(f"sslmode is none of {', '.join(SSL_MODES)}")
+    return value
+
+
+def _addresses(value: str) -> str:
+    for address in value.split(","):
+        if value != UNUSED and not re.fullmatch(r"\s*(?:\[[0-9a-fA-F:]+\]|[^\s:,]+):[0-9]{1,5}\s*", address):
+            raise ValueError("must be host:port, several separated by commas")
     return value
 
 
@@ -30,8 +58,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True)
 
-    database_url: SecretStr = Field(validation_alias=AliasChoices("DATABASE_URL", "database_url"))
-    kafka_bootstrap_servers: str = Field(
+    database_url: Annotated[SecretStr, BeforeValidator(_database_url)] = Field(
+        validation_alias=AliasChoices("DATABASE_URL", "database_url")
+    )
+    kafka_bootstrap_servers: Annotated[str, AfterValidator(_addresses)] = Field(
         min_length=1, validation_alias=AliasChoices("KAFKA_BOOTSTRAP_SERVERS", "kafka_bootstrap_servers")
     )
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
@@ -108,7 +138,7 @@ def read_settings(**given: object) -> Settings:
             message = "is required: set it in the environment"
         problems.append(f"{name if name.isupper() else PREFIX + name.upper()}: {message}")
         default = Settings.model_fields[field]
-        usable[field] = "unused" if default.is_required() else default.get_default()
+        usable[field] = UNUSED if default.is_required() else default.get_default()
     try:
         Settings(**{**given, **usable})  # type: ignore[arg-type]  # wrong combinations too
     except ConfigError as error:

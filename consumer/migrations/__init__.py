@@ -78,7 +78,11 @@ async def migrate(database_url: str, *, reference_schema: bool = False) -> list[
         connection = await asyncpg.connect(
             database_url, server_settings={"application_name": "campaign-stats migrate", "lock_timeout": "10s"}
         )
-    except (OSError, asyncpg.PostgresConnectionError, asyncpg.CannotConnectNowError, TimeoutError) as error:
+    except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
+        raise ConfigError(
+            [f"DATABASE_URL: the server refuses it ({error.sqlstate}); check user and database"]
+        ) from error
+    except (OSError, asyncpg.PostgresError, TimeoutError) as error:
         raise Unavailable("database", f"cannot connect: {type(error).__name__}") from error
     try:
         async with _alone(connection):
@@ -95,6 +99,20 @@ async def migrate(database_url: str, *, reference_schema: bool = False) -> list[
         raise ConfigError([f"the role may not migrate: {error}; run `migrate` as the owner of the tables"]) from error
     finally:
         await connection.close()
+
+
+async def problems(connection: Connection) -> list[str]:
+    """Everything that keeps `run` and the commands from working on this database, a sentence each with its fix."""
+    found = await missing_columns(connection)
+    try:
+        if not found:
+            found = await missing_rights(connection)
+        missing = await pending(connection) if not found else []
+    except ConfigError as error:
+        return [*found, *error.problems]
+    if missing or await connection.fetchval("SELECT to_regnamespace('campaign_stats') IS NULL"):
+        found.append(f"the database lacks {len(missing) or 'all'} of our migrations: run `campaign-stats migrate`")
+    return found
 
 
 async def missing_columns(connection: Connection) -> list[str]:

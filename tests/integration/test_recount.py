@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from consumer import migrations
-from consumer.database import Database
+from consumer.database import Database, statement
 from consumer.deferred import DeferredWorker
 from consumer.generation import Work
 from consumer.guard import Limits
@@ -283,40 +283,47 @@ async def test_locked_failing_huge_and_later_ones_are_left_out(database_url: str
     assert (await recount(db, huge, caller="worker"))[huge]["held"] is None
 
 
-@pytest.mark.parametrize("query", ["recount", "window", "window since", "outbox"])
-async def test_hot_statements_stay_on_their_indexes(db: asyncpg.Connection, query: str) -> None:
+PLANS = {
+    "counting": ("SELECT * FROM campaign_stats.count_prospects($1::uuid)", "'{campaign}'", "by_campaign_and_status"),
+    "window": (
+        statement("guard_windows"),
+        "ARRAY['{campaign}']::uuid[], ARRAY[500], ARRAY[NULL]::timestamptz[]",
+        "campaign_prospects_by_contact",
+    ),
+    "window after a pause": (
+        statement("guard_windows"),
+        "ARRAY['{campaign}']::uuid[], ARRAY[500], ARRAY[now() - interval '1 hour']",
+        "campaign_prospects_by_contact",
+    ),
+    "outbox": (statement("relay_read"), "ARRAY[1, 2, 3]::smallint[], 2000, 4000000", "outbox_pending"),
+    "outbox shards": (statement("relay_lock"), None, "outbox_pending"),
+    "deferred": (statement("take_deferred"), None, "deferred_due"),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+async def test_hot_statements_stay_on_their_indexes(db: asyncpg.Connection, name: str) -> None:
     campaign_id = await add_campaign(db, {"pending": 2_000, "sent": 2_000, "bounced": 20})
     for _ in range(10):
         await add_campaign(db, {"pending": 500, "sent": 500})
-    await db.execute("VACUUM ANALYZE campaign_prospects")
+    await db.execute(
+        "INSERT INTO campaign_stats.outbox (shard, campaign_id, type, event)"
+        " SELECT n % 32, gen_random_uuid(), 't', 'x' FROM generate_series(1, 20000) n"
+    )
+    await db.execute(
+        "INSERT INTO campaign_stats.deferred (campaign_id, reason, not_before, trigger)"
+        " SELECT gen_random_uuid(), 'sweep', now(), 'reconciliation' FROM generate_series(1, 20000)"
+    )
+    for table in ("campaign_prospects", "campaign_stats.outbox", "campaign_stats.deferred"):
+        await db.execute(f"VACUUM ANALYZE {table}")
+    query, arguments, index = PLANS[name]
     await db.execute("SET jit = off")
-    contacted = (
-        "status IN ('sent', 'replied', 'bounced', 'completed', 'timed_out')"
-        " OR (status = 'cancelled' AND contacted_at IS NOT NULL)"
-    )
-    window = (
-        f"SELECT status FROM campaign_prospects WHERE campaign_id = '{campaign_id}' AND ({contacted}) %s"
-        " ORDER BY contacted_at DESC NULLS LAST, id DESC LIMIT 500"
-    )
-    statement, index = {
-        "recount": (f"SELECT * FROM campaign_stats.count_prospects('{campaign_id}')", "by_campaign_and_status"),
-        "window": (window % "", "campaign_prospects_by_contact"),
-        "window since": (window % "AND contacted_at > now() - interval '1 hour'", "campaign_prospects_by_contact"),
-        "outbox": (
-            "SELECT id FROM campaign_stats.outbox WHERE shard = 3 AND set_aside_at IS NULL ORDER BY id LIMIT 60",
-            "outbox_pending",
-        ),
-    }[query]
-    if query == "outbox":
-        await db.execute(
-            "INSERT INTO campaign_stats.outbox (shard, campaign_id, type, event)"
-            " SELECT n % 32, gen_random_uuid(), 't', 'x' FROM generate_series(1, 20000) n"
-        )
-        await db.execute("ANALYZE campaign_stats.outbox")
-    plan = json.dumps(await db.fetchval(f"EXPLAIN (FORMAT JSON) {statement}"))
+    await db.execute("SET plan_cache_mode = force_custom_plan")
+    await db.execute(f"PREPARE hot AS {query}")
+    values = f"({arguments.format(campaign=campaign_id)})" if arguments else ""
+    plan = json.dumps(await db.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE hot{values}"))
     assert index in plan
-    assert "Seq Scan" not in plan
-    if query == "recount":
+    for table in ("campaign_prospects", "outbox", "deferred"):
+        assert f'"Seq Scan", "Parallel Aware": false, "Async Capable": false, "Relation Name": "{table}"' not in plan
+    if name == "counting":
         assert "Index Only Scan" in plan
-    if query == "outbox":
-        assert '"Sort"' not in plan

@@ -4,16 +4,19 @@ import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import asyncpg
 import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from consumer import broker, migrations
 from consumer.demo.servers import Postgres
 from schemas.topics import Topics
-from tests.conftest import Bus, StartService, eventually
+from tests.conftest import Bus, StartService, command, eventually
 from tests.servers import ApacheKafka
-from tests.world import REFERENCE, add_campaign, expected_stats, hint, stats_of
+from tests.world import REFERENCE, add_campaign, expected_stats, hint, stats_of, sync_request
 
 
 async def connect(url: str) -> asyncpg.Connection:
@@ -83,6 +86,12 @@ async def test_without_kafka_events_wait_in_the_outbox_and_follow_when_it_is_bac
             return status == 200 and "relay" in json.loads(body)["degraded"]
 
         await eventually(degraded, "the relay is degraded", running, timeout_s=40)
+
+        async def kafka_is_degraded() -> bool:
+            _, body = await running.get("/readyz")
+            return "kafka" in json.loads(body)["degraded"]
+
+        await eventually(kafka_is_degraded, "so is Kafka", running)
         assert await stats_of(db, campaign_id) == expected_stats(REFERENCE)
         assert await db.fetchval("SELECT count(*) FROM campaign_stats.outbox") == 1
         server.start()
@@ -96,6 +105,7 @@ async def test_without_kafka_events_wait_in_the_outbox_and_follow_when_it_is_bac
             return await running.get("/readyz") == (200, '{"ready": true, "degraded": []}')
 
         await eventually(healthy, "healthy again", running, timeout_s=40)
+        assert len([line for line in running.logs if line.get("logger", "").startswith("aiokafka")]) < 60
         running.terminate()
         assert await running.wait() == 0
     finally:
@@ -154,3 +164,123 @@ async def test_another_replica_goes_on_after_one_ends(
     await eventually(all_told, "the other one takes over", second, timeout_s=40)
     for number, campaign_id in enumerate(campaigns):
         assert await stats_of(db, campaign_id) == {"total": number % 7, "sent": number % 7, "replied": 0, "bounced": 0}
+
+
+async def test_a_table_locked_for_longer_than_our_patience_costs_nothing_but_time(
+    service: StartService, bus: Bus, db: asyncpg.Connection, database_url: str
+) -> None:
+    campaign_id = await add_campaign(db, REFERENCE)
+    running = await service(sweep_interval_s=0.2)
+    other = await asyncpg.connect(database_url)
+    async with other.transaction():
+        await other.execute("LOCK TABLE campaigns IN ACCESS EXCLUSIVE MODE")
+        await bus.publish(bus.topics.prefix + "prospect.status-changed", hint(campaign_id), key=str(campaign_id))
+        await asyncio.sleep(5)  # lock_timeout is 2 s
+        assert running.process.returncode is None
+    async with other.transaction():
+        await other.execute("LOCK TABLE campaign_stats.outbox IN SHARE MODE")
+        await asyncio.sleep(3)
+        assert running.process.returncode is None
+    await other.close()
+    await eventually(lambda: _is_true(db, campaign_id), "recounted", running)
+    await eventually(lambda: bus.events(bus.topics.prefix + "campaign.stats-updated"), "and told", running)
+    assert await db.fetchval("SELECT coalesce(max(failures), 0) FROM campaign_stats.campaign_state") == 0
+
+
+@pytest.mark.apache_kafka
+async def test_offsets_follow_positions_past_transaction_markers_and_what_retention_took(
+    service: StartService, bus: Bus, db: asyncpg.Connection
+) -> None:
+    campaign_id = await add_campaign(db, REFERENCE)
+    topic = bus.topics.prefix + "prospect.status-changed"
+    producer = AIOKafkaProducer(bootstrap_servers=bus.bootstrap, transactional_id=topic)
+    await producer.start()
+    async with producer.transaction():
+        await producer.send_and_wait(topic, json.dumps(hint(campaign_id)).encode(), partition=0)
+    await producer.stop()
+    for _ in range(3):
+        await bus.publish(topic, hint(campaign_id), partition=1)
+    admin = AIOKafkaAdminClient(bootstrap_servers=bus.bootstrap)
+    await admin.start()
+    await admin.delete_records({TopicPartition(topic, 1): RecordsToDelete(before_offset=3)})
+    await admin.close()
+    running = await service("--until-caught-up", ready=False)
+    assert await running.wait(30) == 0
+    assert await stats_of(db, campaign_id) == expected_stats(REFERENCE)
+    running = await service()
+
+    async def no_lag() -> bool:
+        metrics = await running.metrics()
+        lags = [value for name, value in metrics.items() if name.startswith("campaign_stats_lag_records")]
+        return len(lags) == 6 and not any(lags)
+
+    await eventually(no_lag, "no lag is left that nobody can work off", running)
+
+
+@pytest.mark.apache_kafka
+async def test_a_missing_output_topic_holds_up_only_its_own_events(
+    service: StartService, bus: Bus, db: asyncpg.Connection
+) -> None:
+    running = await service()
+    await broker.delete_topics(broker.Connection(bus.bootstrap, {}), [bus.topics.prefix + "campaign.sync-rejected"])
+    await bus.publish(bus.topics.prefix + "campaign.sync-requested", sync_request(uuid4()))
+    bouncing = await add_campaign(db, {"sent": 95, "bounced": 5})
+    await eventually(
+        lambda: db.fetchval("SELECT count(*) = 1 FROM campaign_stats.outbox"), "a rejection waits", running
+    )
+    for campaign_id in [bouncing, *[await add_campaign(db, {"sent": 1}) for _ in range(20)]]:
+        await bus.publish(bus.topics.prefix + "prospect.status-changed", hint(campaign_id), key=str(campaign_id))
+
+    async def told() -> bool:
+        return len(await bus.events(bus.topics.prefix + "campaign.stats-updated")) == 21
+
+    await eventually(told, "all other events go out", running, timeout_s=30)
+    assert len(await bus.events(bus.topics.prefix + "campaign.paused")) == 1
+    assert await db.fetchval("SELECT array_agg(type) FROM campaign_stats.outbox") == ["campaign.sync_rejected.v1"]
+
+
+async def test_a_shutdown_that_overruns_its_deadline_ends_with_3_and_loses_nothing(
+    service: StartService, bus: Bus, db: asyncpg.Connection
+) -> None:
+    campaign_id = await add_campaign(db, REFERENCE)
+    await db.execute(
+        """CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(6); RETURN NEW; END $$;
+           CREATE TRIGGER slow BEFORE UPDATE ON campaigns FOR EACH ROW EXECUTE FUNCTION slow()"""
+    )
+    running = await service(shutdown_deadline_s=0.5)
+    await bus.publish(bus.topics.prefix + "prospect.status-changed", hint(campaign_id), key=str(campaign_id))
+    sleeping = "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+    await eventually(lambda: db.fetchval(sleeping), "the recount is under way", running)
+    running.expected_exit = 3
+    running.terminate()
+    assert await running.wait(10) == 3
+    assert running.messages("stopped")[0]["undone"] == ["running chunk"]
+    await db.execute("DROP TRIGGER slow ON campaigns")
+    await service()  # the next owner repeats it
+    await eventually(lambda: _is_true(db, campaign_id), "recounted by the next owner")
+
+
+async def test_wrong_addresses_and_an_empty_database_are_told_with_exit_code_2(
+    environment: dict[str, str], database_url: str
+) -> None:
+    secret = {**environment, "DATABASE_URL": "postgresql://svc:s3cr3t/pw@h/db", "KAFKA_BOOTSTRAP_SERVERS": "h:abc"}
+    for arguments in (["run"], ["migrate"], ["why", str(uuid4())]):
+        code, out, error = await command(secret, *arguments)
+        assert code == 2
+        assert "s3cr3t" not in out + error
+        assert "DATABASE_URL: is no URL" in error
+    assert "KAFKA_BOOTSTRAP_SERVERS: must be host:port" in (await command(secret, "run"))[2]
+    empty = database_url.replace(database_url.split("@/")[1].split("?")[0], "postgres")
+    bare = {**environment, "DATABASE_URL": empty, "CAMPAIGN_STATS_TOPIC_PREFIX": "nowhere."}
+    code, _, error = await command(bare, "run")
+    assert code == 2
+    assert (error.count("table public."), error.count("topic nowhere.")) == (4, 6)
+    for arguments in (["drift"], ["why", str(uuid4())], ["reconcile", "--all"]):
+        code, _, error = await command(bare, *arguments)
+        assert (code, error.count("table public.")) == (2, 4)
+    for arguments in (["tail"], ["sync", str(uuid4())], ["sync", str(uuid4()), "--wait"]):
+        code, _, error = await command(bare, *arguments)
+        assert code == 2
+        assert "is missing: run `campaign-stats topics --create`" in error
+    missing = {**environment, "DATABASE_URL": empty.replace("/postgres?", "/no_such_database?")}
+    assert (await command(missing, "migrate"))[0] == 2
