@@ -15,7 +15,7 @@ GOOD, EMPTY = TopicPartition("t", 0), TopicPartition("t", 1)
 
 
 class Client:
-    """A consumer whose first fetch breaks, so that every partition is walked alone, and whose look-ups fail `away` times."""
+    """Its first fetch breaks, so every partition is walked alone; its look-ups fail `away` times."""
 
     def __init__(self, away: int) -> None:
         self.positions = {GOOD: 0, EMPTY: 0}
