@@ -119,8 +119,8 @@ class Server:
             time.sleep(0.05)
 
     def is_ready(self) -> bool:
-        """Whether it answers."""
-        raise NotImplementedError(self.name)
+        """Whether it answers; without a better sign, whether it runs."""
+        return self.process is not None and self.process.poll() is None
 
     def last_lines(self, count: int = 15) -> str:
         """The end of its log."""

@@ -119,12 +119,12 @@ async def test_a_broker_starts_carries_a_record_and_ends(
     server = kind(directory)
     try:
         server.start()
-        await _carry(server.bootstrap)
+        await _check_it_carries(server.bootstrap)
     finally:
         server.stop()
 
 
-async def _carry(bootstrap: str) -> None:
+async def _check_it_carries(bootstrap: str) -> None:
     topic = f"t{uuid4().hex[:8]}"
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
     await admin.start()

@@ -325,7 +325,7 @@ def batch(world: World, partition: int, first: int, kinds: Sequence[str]) -> Bat
     return Batch((TOPIC, partition), records, first + len(kinds))
 
 
-async def play(world: World, kinds: Sequence[str], script: Sequence[tuple[str, int]]) -> None:
+async def play_and_check(world: World, kinds: Sequence[str], script: Sequence[tuple[str, int]]) -> None:
     """Deliver, revoke and wait as the script says, then let everything succeed: all must come to its end."""
     position = {0: 0, 1: 0}
     furthest = {0: 0, 1: 0}
@@ -399,13 +399,13 @@ def test_offsets_never_pass_a_hint_that_is_neither_done_nor_deferred(
     commit_plan: list[str],
     letter_plan: list[str],
 ) -> None:
-    asyncio.run(play(World(store_plan, commit_plan, letter_plan), kinds, script))
+    asyncio.run(play_and_check(World(store_plan, commit_plan, letter_plan), kinds, script))
 
 
 def test_the_property_above_can_fail() -> None:
     """The control: a store that says it committed but forgot."""
     with pytest.raises(AssertionError, match=r"offset 1 of .* passes 0, which is not done"):
-        asyncio.run(play(World(is_forgetful=True), ["own"], [("deliver", 0), ("wait", 25)]))
+        asyncio.run(play_and_check(World(is_forgetful=True), ["own"], [("deliver", 0), ("wait", 25)]))
 
 
 async def test_an_offset_is_not_committed_while_an_older_generation_is_pending() -> None:
@@ -555,6 +555,7 @@ async def test_a_refused_commit_is_normal_and_the_next_generation_goes_on() -> N
         await run.until(lambda: run.value("commits_refused_total") == 1)
         run.source.deliver([batch(world, 0, 1, ["own"])])
         await run.until(lambda: world.committed == {(TOPIC, 0): 2})
+        assert run.value("generations_total") == 1
 
 
 async def test_a_flush_that_is_behind_pauses_fetching_and_polling_goes_on() -> None:

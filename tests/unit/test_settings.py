@@ -181,7 +181,8 @@ def test_unsafe_combinations_are_refused(environment: pytest.MonkeyPatch, settin
 def test_safe_combinations_are_taken(environment: pytest.MonkeyPatch, settings: dict[str, str]) -> None:
     for name, value in settings.items():
         environment.setenv(f"CAMPAIGN_STATS_{name}", value)
-    read_settings()
+    taken = read_settings()
+    assert all(str(getattr(taken, name.lower())) == value for name, value in settings.items() if "PASSWORD" not in name)
 
 
 def test_secrets_are_masked_wherever_settings_are_shown(environment: pytest.MonkeyPatch) -> None:
