@@ -44,6 +44,8 @@ class Kafka(Protocol):
 
 def pytest_configure(config: pytest.Config) -> None:
     """In CI a missing server is a failure, not a fallback."""
+    # A shell that starts us in the background lets us ignore SIGINT, and every process we test would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     problems = []
     if REQUIRED and not java_available():
         problems.append("Java 17 and Maven are missing (Debian: openjdk-17-jre-headless maven)")
