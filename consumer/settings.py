@@ -14,6 +14,7 @@ from consumer.guard import Limits, Mode
 PREFIX: Final = "CAMPAIGN_STATS_"
 UNUSED: Final = "unused"  # stands for a server that a command does not talk to
 NO_URL: Final = "is no URL: write postgresql://user:password@host:5432/database, a / in user or password as %2F"
+HOST: Final = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]*)(?::[0-9]{1,5})?")
 SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
@@ -30,11 +31,13 @@ def _database_url(value: object) -> object:
         return value
     try:
         parts = urlsplit(value)
-        parts.port  # noqa: B018  # raises for a port that is none
         modes = parse_qs(parts.query).get("sslmode", ["prefer"])
     except ValueError:
         raise ValueError(NO_URL) from None
-    if parts.scheme not in ("postgresql", "postgres") or "@" in parts.path:
+    login, _, hosts = parts.netloc.rpartition("@")
+    if parts.scheme not in ("postgresql", "postgres") or ("@" in parts.path and not login):
+        raise ValueError(NO_URL)
+    if not all(HOST.fullmatch(host) for host in hosts.split(",")):
         raise ValueError(NO_URL)
     if modes[-1] not in SSL_MODES:
         raise ValueError(f"sslmode is none of {', '.join(SSL_MODES)}")
@@ -42,9 +45,8 @@ def _database_url(value: object) -> object:
 
 
 def _addresses(value: str) -> str:
-    for address in value.split(","):
-        if value != UNUSED and not re.fullmatch(r"\s*(?:\[[0-9a-fA-F:]+\]|[^\s:,]+):[0-9]{1,5}\s*", address):
-            raise ValueError("must be host:port, several separated by commas")
+    if not all(address.strip() and HOST.fullmatch(address.strip()) for address in value.split(",")):
+        raise ValueError("must be host:port, several separated by commas")
     return value
 
 

@@ -231,3 +231,32 @@ def test_whole_floats_are_refused_too(monkeypatch: pytest.MonkeyPatch, name: str
     monkeypatch.setenv(f"CAMPAIGN_STATS_{name}", value)
     with pytest.raises(ConfigError, match=name):
         read_settings()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://h/db",
+        "postgres://u:p%2Fw@h:5432/db?sslmode=verify-full&sslrootcert=/ca.pem",
+        "postgresql://postgres@/db?host=/tmp/x&port=5432",
+        "postgresql://u:p@h1:5432,h2:5433/db?target_session_attrs=read-write",
+        "postgresql://u:p@ss@[::1]:5432/db",
+        "postgresql://%2Ftmp%2Fx/db",
+        "postgresql:///db",
+    ],
+)
+def test_every_kind_of_database_url_is_taken(environment: pytest.MonkeyPatch, url: str) -> None:
+    environment.setenv("DATABASE_URL", url)
+    environment.setenv("KAFKA_BOOTSTRAP_SERVERS", "a:9092, b:9093,[::1]:9094,c")
+    assert read_settings().database_url.get_secret_value() == url
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "mysql://h/db", "postgresql://u:s3cr3t/w@h/db", "postgresql://u:123/w@h/db", "postgresql://h:x/db",
+            "postgresql://h/db?sslmode=s3cr3t"],
+)  # fmt: skip
+def test_a_wrong_database_url_is_refused_without_being_shown(environment: pytest.MonkeyPatch, url: str) -> None:
+    environment.setenv("DATABASE_URL", url)
+    with pytest.raises(ConfigError, match="DATABASE_URL") as raised:
+        read_settings()
+    assert "s3cr3t" not in str(raised.value)
