@@ -122,6 +122,7 @@ class Source:
         self._batches: list[Batch] = []  # read, but not handed out yet: kept when a later call of the same poll fails
         self._passed: list[Passed] = []
         self._must_isolate = False
+        self._epoch = 0  # rises whenever partitions are taken or given
         self._broken: dict[Any, tuple[int, int, str]] = {}  # per partition: first offset, offset to try, error
 
     async def start(self, revoked: Revoked, assigned: Assigned) -> None:
@@ -182,6 +183,7 @@ class Source:
 
     def forget(self) -> None:
         """Partitions are being taken away: nothing of them may survive into the next assignment."""
+        self._epoch += 1
         self._next.clear()
         self._broken.clear()
         self._batches.clear()
@@ -270,15 +272,26 @@ class Source:
 
     async def _notice_moves(self, partitions: Sequence[Any]) -> None:
         """Positions also move without records: past transaction markers, or to the start of what retention left."""
+        epoch = self._epoch
         for partition in partitions:
             try:
                 async with asyncio.timeout(STEP_MS / 1000):
                     position = await self._consumer.position(partition)
             except (KafkaError, TimeoutError):
                 continue
+            if epoch != self._epoch:
+                return
             if partition in self._next and position <= self._next[partition]:
                 continue
             self._hand_out(partition, (), position)
+
+    async def _position(self, partition: Any) -> int:
+        try:
+            async with asyncio.timeout(STEP_MS / 1000):
+                position: int = await self._consumer.position(partition)
+        except (KafkaError, TimeoutError):
+            return 0
+        return position
 
     async def _isolate(self) -> None:
         """One partition's bytes broke the whole poll: begin again where we were, and ask each partition alone.
@@ -286,10 +299,10 @@ class Source:
         The client has forgotten records that it read before the broken ones, so every partition goes back to the last
         offset it handed out. The next polls walk on, one record at a time, in the partitions that fail alone.
         """
-        assigned = sorted(self._consumer.assignment())
+        epoch, assigned = self._epoch, sorted(self._consumer.assignment())
         names = [(partition.topic, partition.partition) for partition in assigned if partition not in self._next]
         known = {**await self.starts(names), **await self.committed(names)}
-        if set(assigned) != self._consumer.assignment():
+        if epoch != self._epoch:
             return  # taken away meanwhile
         for partition in assigned:
             begin = self._next.get(partition, known.get((partition.topic, partition.partition), 0))
@@ -303,24 +316,35 @@ class Source:
 
         The client reads lazily, so records of the same batch before the broken ones come out; those after them cannot.
         """
-        name = (partition.topic, partition.partition)
+        name, epoch = (partition.topic, partition.partition), self._epoch
         for _ in range(POLL_RECORDS):
+            if partition not in self._broken:
+                return  # taken away while another one was asked
             first, at, why = self._broken[partition]
             try:
                 found = await self._getmany([partition], STEP_MS, records=1)
             except _BytesError as error:
+                if epoch != self._epoch:
+                    return
                 self._broken[partition] = (first, at + 1, str(error))
                 self._consumer.seek(partition, at + 1)
                 return
-            if partition not in self._broken:
-                return  # taken away meanwhile
             records = found.get(partition, [])
+            if epoch != self._epoch:
+                if records:  # the client waited for the new assignment and read on there
+                    self._hand_out(partition, records, records[-1].offset + 1)
+                return
             if records:
                 next_offset = records[-1].offset + 1
                 self._broken[partition] = (next_offset, next_offset, "")
                 self._hand_out(partition, records, next_offset)
-            elif at < (await self.ends([name]))[name]:
-                return  # not fetched yet
+            else:
+                end = (await self.ends([name]))[name]
+                if epoch != self._epoch:
+                    return
+                at = max(at, await self._position(partition))  # transaction markers and retention move it too
+                if epoch != self._epoch or at < end:
+                    return  # not fetched yet
             if why:
                 last = (records[0].offset if records else at) - 1
                 self._passed.append(Passed(name, first, last, why, too_large=why == RecordTooLargeError.__name__))
@@ -346,6 +370,7 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ha
         await self._revoked()
 
     async def on_partitions_assigned(self, assigned: Any) -> None:
+        self._source.forget()  # polling went on between the two calls
         self._assigned([(partition.topic, partition.partition) for partition in assigned])
 
 
@@ -369,11 +394,14 @@ class Publisher:
         deadline = asyncio.get_running_loop().time() + SEND_DEADLINE_S
         results: list[Sent] = [Sent(error="not acknowledged in time")] * len(rows)
         partitions = await self._partitions(producer, {row.topic for row in rows})
-        known = []
+        known, stuck = [], set[bytes | None]()
         for place, row in enumerate(rows):
-            if partitions[row.topic]:
+            if row.key in stuck:
+                results[place] = Sent(error="an elder of its key is not out yet")
+            elif partitions[row.topic]:
                 known.append(place)
             else:
+                stuck.add(row.key)
                 results[place] = Sent(error=f"topic {row.topic} is not to be had")
         try:
             async with asyncio.timeout_at(deadline):
