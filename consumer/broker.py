@@ -390,8 +390,8 @@ class Publisher:
         """
         if alone:
             return await self._one_by_one(rows)
+        deadline = asyncio.get_running_loop().time() + SEND_DEADLINE_S  # making a producer counts too
         producer = await self._ready()
-        deadline = asyncio.get_running_loop().time() + SEND_DEADLINE_S
         results: list[Sent] = [Sent(error="not acknowledged in time")] * len(rows)
         partitions = await self._partitions(producer, {row.topic for row in rows})
         known, stuck = [], set[bytes | None]()

@@ -79,7 +79,8 @@ class Generation:
     def add_dead_letter(self, record: Record, letter: DeadLetter) -> None:
         """A record that can never be read."""
         self.dead_letters.append((record, letter))
-        self.held_bytes += len(record.value or b"")
+        headers = sum(len(name) + len(content or b"") for name, content in record.headers)
+        self.held_bytes += len(record.key or b"") + len(record.value or b"") + headers
 
     def read_up_to(self, partition: Partition, next_offset: int, records: int) -> None:
         """`records` more were collected from `partition`; reading goes on at `next_offset`."""

@@ -47,6 +47,8 @@ def _database_url(value: object) -> object:
 def _addresses(value: str) -> str:
     if not all(address.strip() and HOST.fullmatch(address.strip()) for address in value.split(",")):
         raise ValueError("must be host:port, several separated by commas")
+    if any(int(port) > 65_535 for port in re.findall(r":([0-9]{1,5})\s*(?:,|\Z)", value)):
+        raise ValueError("has a port above 65535")
     return value
 
 

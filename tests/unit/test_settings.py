@@ -260,3 +260,10 @@ def test_a_wrong_database_url_is_refused_without_being_shown(environment: pytest
     with pytest.raises(ConfigError, match="DATABASE_URL") as raised:
         read_settings()
     assert "s3cr3t" not in str(raised.value)
+
+
+@pytest.mark.parametrize("servers", ["h:abc", "h:65536", "a:9092,b:99999", "a:9092,,b:9092", ""])
+def test_wrong_broker_addresses_are_refused(environment: pytest.MonkeyPatch, servers: str) -> None:
+    environment.setenv("KAFKA_BOOTSTRAP_SERVERS", servers)
+    with pytest.raises(ConfigError, match="KAFKA_BOOTSTRAP_SERVERS"):
+        read_settings()
