@@ -86,6 +86,7 @@ class Sent:
 
 
 ACKNOWLEDGED: Final = Sent()
+ELDER_FIRST: Final = "an elder of its key is not out yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,7 +398,7 @@ class Publisher:
         known, stuck = [], set[bytes | None]()
         for place, row in enumerate(rows):
             if row.key in stuck:
-                results[place] = Sent(error="an elder of its key is not out yet")
+                results[place] = Sent(error=ELDER_FIRST)
             elif partitions[row.topic]:
                 known.append(place)
             else:
@@ -505,22 +506,29 @@ class Publisher:
 
     async def _one_by_one(self, rows: Sequence[Outgoing]) -> list[Sent]:
         results: list[Sent] = []
-        deadline = asyncio.get_running_loop().time() + SEND_DEADLINE_S
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + SEND_DEADLINE_S
+        partitions = await self._partitions(await self._ready(), {row.topic for row in rows})
+        stuck = set[bytes | None]()
         for row in rows:
-            producer = await self._ready()
-            if not (await self._partitions(producer, {row.topic}))[row.topic]:
-                results.append(Sent(error=f"topic {row.topic} is not to be had"))
-                if asyncio.get_running_loop().time() > deadline:
-                    break
+            if row.key in stuck:
+                results.append(Sent(error=ELDER_FIRST))
                 continue
+            if not partitions[row.topic]:
+                stuck.add(row.key)
+                results.append(Sent(error=f"topic {row.topic} is not to be had"))
+                continue
+            if results and self._producer is None and loop.time() > deadline - PRODUCER_DEADLINE_S:
+                break  # a new one may take longer than is left
             try:
+                producer = await self._ready()
                 async with asyncio.timeout_at(deadline):
                     await producer.send_and_wait(row.topic, row.value, key=row.key, headers=list(row.headers))
                 results.append(ACKNOWLEDGED)
             except REFUSED_FOR_EVER:
                 await self.close(STOP_DEADLINE_S)
                 results.append(Sent(error="larger than the topic takes (max.message.bytes)", refused=True))
-            except (KafkaError, OSError, TimeoutError) as error:
+            except (KafkaError, OSError, TimeoutError, Unavailable) as error:
                 await self.close(STOP_DEADLINE_S)
                 results.append(Sent(error=type(error).__name__))
                 break

@@ -18,7 +18,7 @@ from consumer.broker import Outgoing, Publisher, Reader
 from consumer.database import Database
 from consumer.envelope import CONTENT_TYPE, encode
 from consumer.errors import ConfigError, ServiceError
-from consumer.settings import UNUSED, Settings, read_settings
+from consumer.settings import Settings, read_settings
 from schemas import events
 from schemas.topics import Topics
 
@@ -50,8 +50,8 @@ def main() -> None:
         sys.exit(130)
 
 
-def _settings(**given: object) -> Settings:
-    settings = read_settings(**given)
+def _settings(*without: str) -> Settings:
+    settings = read_settings(*without)
     logs.configure(sys.stderr, settings.log_level)
     return settings
 
@@ -102,7 +102,7 @@ def migrate(
     ] = False,
 ) -> None:
     """Apply the service's migrations to DATABASE_URL. Safe to run twice, at once, or again after a crash."""
-    settings = _settings(kafka_bootstrap_servers=UNUSED)
+    settings = _settings("kafka_bootstrap_servers")
     applied = _run(migrations.migrate(settings.database_url.get_secret_value(), reference_schema=reference_schema))
     for name in applied:
         print(f"applied {name}")
@@ -117,7 +117,7 @@ def topics(
     replication: Annotated[int, typer.Option(min=1, help="Replicas of each new topic.")] = 3,
 ) -> None:
     """List the topics the service needs; with --create, create the missing ones. Exit 1 while some are missing."""
-    settings = _settings(database_url=UNUSED)
+    settings = _settings("database_url")
     names = Topics(settings.topic_prefix)
     from consumer.service import kafka_connection
 
@@ -148,7 +148,7 @@ def sync(
     seconds: Annotated[float, typer.Argument(min=0.1, metavar="[SECONDS]", help="How long to wait.")] = 30.0,
 ) -> None:
     """Publish a sync request and print its id; with --wait, exit 0 for counts, 1 if rejected or unanswered."""
-    settings = _settings(database_url=UNUSED)
+    settings = _settings("database_url")
     from consumer.service import kafka_connection
 
     connection = kafka_connection(settings)
@@ -201,7 +201,7 @@ def sync(
 @app.command(epilog="Example: campaign-stats why 8c2b2d4e-e29b-41d4-a716-446655440000")
 def why(campaign_id: CampaignId, as_json: JsonFlag = False) -> None:
     """Explain what the bounce guard thinks of a campaign, in words and numbers. Exit 1 for an unknown id."""
-    settings = _settings(kafka_bootstrap_servers=UNUSED)
+    settings = _settings("kafka_bootstrap_servers")
     explanation = _run(_with_database(settings, lambda db: questions.why(db, campaign_id, settings.limits)))
     if explanation is None:
         raise ServiceError(f"no campaign has the id {campaign_id}")
@@ -214,7 +214,7 @@ def why(campaign_id: CampaignId, as_json: JsonFlag = False) -> None:
 @app.command(epilog="Example: campaign-stats drift --json")
 def drift(as_json: JsonFlag = False) -> None:
     """Campaigns whose stored stats differ from the truth now. Changes nothing; exit 1 if there are any."""
-    settings = _settings(kafka_bootstrap_servers=UNUSED)
+    settings = _settings("kafka_bootstrap_servers")
     found = _run(_with_database(settings, questions.drift))
     if as_json:
         _print_json(found)
@@ -242,7 +242,7 @@ def reconcile(
     """Defer campaigns for a recount by the running service and publish them anew. Prints how many."""
     if bool(campaign_ids) == everything:
         raise typer.BadParameter("give campaign ids, or --all")
-    settings = _settings(kafka_bootstrap_servers=UNUSED)
+    settings = _settings("kafka_bootstrap_servers")
     delay_s = 0.0 if now else settings.drift_grace_s
     chosen = None if everything else campaign_ids
     count = _run(_with_database(settings, lambda db: questions.reconcile(db, chosen, delay_s)))
@@ -255,7 +255,7 @@ def reconcile(
 @app.command(epilog="Example: campaign-stats tail --json | head")
 def tail(as_json: JsonFlag = False) -> None:
     """Follow what the service publishes, from now on, until Ctrl-C."""
-    settings = _settings(database_url=UNUSED)
+    settings = _settings("database_url")
     from consumer.service import kafka_connection
 
     connection = kafka_connection(settings)
@@ -316,6 +316,7 @@ async def _with_database(settings: Settings, ask: Any) -> Any:
     database = Database(settings.database_url.get_secret_value(), size=1)
     await database.open()
     try:
+        await database.check_reachable()
         async with database.connection() as connection:
             if problems := await migrations.problems(connection):
                 raise ConfigError(problems)

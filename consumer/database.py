@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -16,7 +17,7 @@ import orjson
 from asyncpg.pool import PoolConnectionProxy
 
 from consumer.envelope import Cause, SyncRequest
-from consumer.errors import TooSlow, Unavailable
+from consumer.errors import ConfigError, TooSlow, Unavailable
 from consumer.generation import Seen, Work
 from consumer.guard import Override, Window, rate_bp
 from consumer.outcome import Campaign, Deferral, Held, Outcome, Recount
@@ -41,6 +42,7 @@ SESSION: Final = {
     "timezone": "UTC",
 }
 OUTAGE_CLASSES: Final = ("08", "53", "57P", "40", "28", "3D")  # 28, 3D: login refused, database missing
+REFUSED_CLASSES: Final = ("28", "3D")
 OUTAGE_STATES: Final = frozenset(
     ("25006", "42501", "0A000", "42P01", "42883", "42703", "3F000", "57014", "55P03")
 )  # the last two only outside a recount, where TooSlow stands for them: a table of ours is locked, a page was too slow
@@ -126,6 +128,20 @@ def slow_is_an_error() -> Iterator[None]:
         raise TooSlow(is_lock=False) from error
 
 
+def refusal(error: BaseException | None) -> str | None:
+    """What a person must put right in DATABASE_URL, if this error of connecting says so; never quotes the URL."""
+    if isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "").startswith(REFUSED_CLASSES):
+        return f"DATABASE_URL: the server refuses it ({error.sqlstate}); check user, password and database"
+    if isinstance(error, asyncpg.ClientConfigurationError):
+        return f"DATABASE_URL: {str(error).splitlines()[0]}; put this option right"
+    if isinstance(error, ssl.SSLError):
+        return (
+            f"DATABASE_URL: TLS fails ({error.reason or type(error).__name__}); check sslmode, sslrootcert, sslcert and"
+            " sslkey against what the server has"
+        )
+    return None
+
+
 def is_outage(sqlstate: str | None) -> bool:
     """Away, full, read-only, serialization, rights or tables or functions not as they should be."""
     if sqlstate is None:
@@ -182,6 +198,16 @@ class Database:
         """
         async with self.connection() as connection, connection.transaction():
             yield Transaction(connection)
+
+    async def check_reachable(self) -> None:
+        """Raises ConfigError when DATABASE_URL can never work as it is, Unavailable when no session can be had now."""
+        try:
+            async with self.connection():
+                return
+        except Unavailable as error:
+            if problem := refusal(error.__cause__):
+                raise ConfigError([problem]) from error
+            raise
 
     async def check_writable(self) -> None:
         """Raises Unavailable unless a write is possible now (a standby after a failover only reads)."""
@@ -286,9 +312,16 @@ class Transaction:
         return {row["campaign_id"]: (row["paused_at"], _campaign(row)) for row in rows}
 
     async def save(self, outcome: Outcome) -> None:
-        """State, audit, outbox and deferrals in one round trip; none when there is nothing to save."""
+        """State, audit, outbox and deferrals in one round trip; none when there is nothing to save.
+
+        Raises TooSlow where somebody holds the state of one of the recounted campaigns: again an error of its chunk.
+        """
         if not (outcome.states or outcome.outbox or outcome.deferrals or outcome.decisions or outcome.hurried):
             return
+        with slow_is_an_error() if outcome.states or outcome.hurried else nullcontext():
+            await self._save(outcome)
+
+    async def _save(self, outcome: Outcome) -> None:
         await self._connection.execute(
             statement("save"),
             [state.campaign_id for state in outcome.states],

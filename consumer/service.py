@@ -11,7 +11,6 @@ from contextlib import suppress
 from typing import Final
 from uuid import UUID
 
-import asyncpg
 import structlog
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
@@ -180,15 +179,8 @@ class Service:
         log.info("started", group=self._settings.group, topics=self._topics.read)
 
     async def _check_database(self) -> list[str]:
-        try:
-            await self._database.check_writable()
-        except Unavailable as error:
-            cause = error.__cause__
-            if isinstance(cause, asyncpg.PostgresError) and (cause.sqlstate or "")[:2] in ("28", "3D"):
-                raise ConfigError(
-                    [f"DATABASE_URL: the server refuses it ({cause.sqlstate}); check user and database"]
-                ) from error
-            raise
+        await self._database.check_reachable()
+        await self._database.check_writable()
         async with self._database.connection() as connection:
             return await migrations.problems(connection)
 

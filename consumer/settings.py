@@ -1,5 +1,6 @@
 """Settings: one frozen model, the only reader of the environment. All problems are listed at once."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
@@ -12,8 +13,14 @@ from consumer.errors import ConfigError
 from consumer.guard import Limits, Mode
 
 PREFIX: Final = "CAMPAIGN_STATS_"
-UNUSED: Final = "unused"  # stands for a server that a command does not talk to
+UNUSED: Final = {  # each stands for a server that a command does not talk to
+    "database_url": "postgresql://unused",
+    "kafka_bootstrap_servers": "unused",
+}
+TLS_FILES: Final = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 NO_URL: Final = "is no URL: write postgresql://user:password@host:5432/database, a / in user or password as %2F"
+MAX_PORT: Final = 65_535
+NO_PORT: Final = f"has a port above {MAX_PORT}"
 HOST: Final = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]*)(?::[0-9]{1,5})?")
 SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
@@ -27,11 +34,11 @@ def _whole(value: object) -> object:
 
 def _database_url(value: object) -> object:
     """Refused here with a sentence, because a driver's error would quote it, password included."""
-    if not isinstance(value, str) or value == UNUSED:
+    if not isinstance(value, str):
         return value
     try:
         parts = urlsplit(value)
-        modes = parse_qs(parts.query).get("sslmode", ["prefer"])
+        options = parse_qs(parts.query)
     except ValueError:
         raise ValueError(NO_URL) from None
     login, _, hosts = parts.netloc.rpartition("@")
@@ -39,21 +46,26 @@ def _database_url(value: object) -> object:
         raise ValueError(NO_URL)
     if not all(HOST.fullmatch(host) for host in hosts.split(",")):
         raise ValueError(NO_URL)
-    if modes[-1] not in SSL_MODES:
+    if any(int(port) > MAX_PORT for port in re.findall(r":([0-9]{1,5})(?:,|\Z)", hosts)):
+        raise ValueError(NO_PORT)
+    if options.get("sslmode", ["prefer"])[-1] not in SSL_MODES:
         raise ValueError(f"sslmode is none of {', '.join(SSL_MODES)}")
+    for name in TLS_FILES:
+        if name in options and not (Path(options[name][-1]).is_file() and os.access(options[name][-1], os.R_OK)):
+            raise ValueError(f"{name} names no file that can be read: give its path")
     return value
 
 
 def _addresses(value: str) -> str:
     if not all(address.strip() and HOST.fullmatch(address.strip()) for address in value.split(",")):
         raise ValueError("must be host:port, several separated by commas")
-    if any(int(port) > 65_535 for port in re.findall(r":([0-9]{1,5})\s*(?:,|\Z)", value)):
-        raise ValueError("has a port above 65535")
+    if any(int(port) > MAX_PORT for port in re.findall(r":([0-9]{1,5})\s*(?:,|\Z)", value)):
+        raise ValueError(NO_PORT)
     return value
 
 
 WholeNumber = Annotated[int, BeforeValidator(_whole)]
-Port = Annotated[int, Field(ge=0, le=65_535)]
+Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -126,8 +138,12 @@ class Settings(BaseSettings):
         return self
 
 
-def read_settings(**given: object) -> Settings:
-    """The settings from the environment, `given` ones first. Raises ConfigError, every problem listed with its fix."""
+def read_settings(*without: str) -> Settings:
+    """The settings from the environment, but `without` those two that the caller has no use for.
+
+    Raises ConfigError, every problem listed with its fix.
+    """
+    given = {name: UNUSED[name] for name in without}
     try:
         return Settings(**given)  # type: ignore[arg-type]  # pydantic checks them
     except ValidationError as error:
@@ -142,7 +158,7 @@ def read_settings(**given: object) -> Settings:
             message = "is required: set it in the environment"
         problems.append(f"{name if name.isupper() else PREFIX + name.upper()}: {message}")
         default = Settings.model_fields[field]
-        usable[field] = UNUSED if default.is_required() else default.get_default()
+        usable[field] = UNUSED.get(field) or default.get_default()
     try:
         Settings(**{**given, **usable})  # type: ignore[arg-type]  # wrong combinations too
     except ConfigError as error:

@@ -17,6 +17,7 @@ from typing import Final
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
+from consumer.database import refusal
 from consumer.errors import ConfigError, Unavailable
 
 LOCK_KEY: Final = 0x63616D7073746174  # "campstat": any number that nobody else uses for an advisory lock here
@@ -78,11 +79,9 @@ async def migrate(database_url: str, *, reference_schema: bool = False) -> list[
         connection = await asyncpg.connect(
             database_url, server_settings={"application_name": "campaign-stats migrate", "lock_timeout": "10s"}
         )
-    except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
-        raise ConfigError(
-            [f"DATABASE_URL: the server refuses it ({error.sqlstate}); check user and database"]
-        ) from error
-    except (OSError, asyncpg.PostgresError, TimeoutError) as error:
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
+        if problem := refusal(error):
+            raise ConfigError([problem]) from error
         raise Unavailable("database", f"cannot connect: {type(error).__name__}") from error
     try:
         async with _alone(connection):

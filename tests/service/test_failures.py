@@ -284,3 +284,56 @@ async def test_wrong_addresses_and_an_empty_database_are_told_with_exit_code_2(
         assert "is missing: run `campaign-stats topics --create`" in error
     missing = {**environment, "DATABASE_URL": empty.replace("/postgres?", "/no_such_database?")}
     assert (await command(missing, "migrate"))[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("unused", "is no URL"),
+        ("postgresql://u@127.0.0.1:1/db?sslmode=verify-full&sslrootcert=/no/such.pem", "sslrootcert names no file"),
+        ("postgresql://u@127.0.0.1:1/db?sslmode=verify-full", 'root.crt" does not exist'),
+        ("postgresql://u@127.0.0.1:1/db?sslmode=verify-ca&sslrootcert=/etc/passwd", "TLS fails"),
+        ("postgresql://u@127.0.0.1:1/db?ssl_min_protocol_version=7", "No such TLS version"),
+    ],
+)
+async def test_database_urls_that_can_never_work_end_with_a_sentence(
+    environment: dict[str, str], tmp_path: Path, url: str, sentence: str
+) -> None:
+    wrong = {**environment, "DATABASE_URL": url, "HOME": str(tmp_path)}
+    for arguments in (["run"], ["migrate"], ["drift"]):
+        code, out, error = await command(wrong, *arguments)
+        assert code == 2
+        [line] = error.splitlines()
+        assert line.startswith("campaign-stats: DATABASE_URL: ")
+        assert sentence in line
+        assert "Traceback" not in out
+
+
+async def test_a_state_row_held_by_somebody_costs_only_its_campaign(
+    service: StartService, bus: Bus, db: asyncpg.Connection, database_url: str
+) -> None:
+    held, others = await add_campaign(db, REFERENCE), [await add_campaign(db, {"sent": 1}) for _ in range(20)]
+    topic, out = bus.topics.prefix + "prospect.status-changed", bus.topics.prefix + "campaign.stats-updated"
+    running = await service()
+    await bus.publish(topic, hint(held), key=str(held))
+    await eventually(lambda: bus.events(out), "its state has a row", running)
+    await db.execute("UPDATE campaign_prospects SET status = 'replied' WHERE campaign_id = $1", held)
+    other = await asyncpg.connect(database_url)
+    async with other.transaction():
+        await other.execute("SELECT FROM campaign_stats.campaign_state WHERE campaign_id = $1 FOR UPDATE", held)
+        for campaign_id in (held, *others):
+            await bus.publish(topic, hint(campaign_id), key=str(campaign_id))
+
+        async def others_are_told() -> bool:
+            return len(await bus.events(out)) == 1 + len(others)
+
+        await eventually(others_are_told, "nobody else waits for it", running)
+        assert (await running.metrics())['campaign_stats_degraded{dependency="database"}'] == 0
+    await other.close()
+
+    async def told() -> bool:
+        return len(await bus.events(out)) == 2 + len(others)
+
+    await eventually(told, "recounted when it is free", running)
+    assert await stats_of(db, held) == {"total": 120, "sent": 0, "replied": 120, "bounced": 0}
+    assert await db.fetchval("SELECT max(failures) FROM campaign_stats.campaign_state") == 0

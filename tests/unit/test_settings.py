@@ -237,7 +237,7 @@ def test_whole_floats_are_refused_too(monkeypatch: pytest.MonkeyPatch, name: str
     "url",
     [
         "postgresql://h/db",
-        "postgres://u:p%2Fw@h:5432/db?sslmode=verify-full&sslrootcert=/ca.pem",
+        "postgres://u:p%2Fw@h:5432/db?sslmode=verify-full&sslrootcert=/etc/passwd",
         "postgresql://postgres@/db?host=/tmp/x&port=5432",
         "postgresql://u:p@h1:5432,h2:5433/db?target_session_attrs=read-write",
         "postgresql://u:p@ss@[::1]:5432/db",
@@ -253,7 +253,7 @@ def test_every_kind_of_database_url_is_taken(environment: pytest.MonkeyPatch, ur
 
 @pytest.mark.parametrize(
     "url", ["nonsense", "mysql://h/db", "postgresql://u:s3cr3t/w@h/db", "postgresql://u:123/w@h/db", "postgresql://h:x/db",
-            "postgresql://h/db?sslmode=s3cr3t"],
+            "postgresql://h/db?sslmode=s3cr3t", "postgresql://h:65536/db", "postgresql://h/db?sslrootcert=/s3cr3t"],
 )  # fmt: skip
 def test_a_wrong_database_url_is_refused_without_being_shown(environment: pytest.MonkeyPatch, url: str) -> None:
     environment.setenv("DATABASE_URL", url)
