@@ -3,26 +3,30 @@
 import asyncio
 import json
 import sys
-from collections.abc import Coroutine
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final
 from uuid import UUID, uuid4
 
 import orjson
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from consumer import broker, logs, migrations, questions
 from consumer.broker import Outgoing, Publisher, Reader
-from consumer.database import Database
+from consumer.console import (
+    CampaignId,
+    JsonFlag,
+    campaign_id,
+    print_json,
+    print_table,
+    run_async,
+    settings_without,
+    with_database,
+)
 from consumer.envelope import CONTENT_TYPE, encode
 from consumer.errors import ConfigError, ServiceError
-from consumer.settings import Settings, read_settings
+from consumer.settings import read_settings
 from schemas import events
 from schemas.topics import Topics
-
-T = TypeVar("T")
 
 DEAD_LETTER_RETENTION_MS: Final = 7 * 24 * 3600 * 1000  # they repeat what upstream sent: short
 
@@ -32,7 +36,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document for scripts instead of a table.")]
 
 
 def main() -> None:
@@ -50,33 +53,6 @@ def main() -> None:
         sys.exit(130)
 
 
-def _settings(*without: str) -> Settings:
-    settings = read_settings(*without)
-    logs.configure(sys.stderr, settings.log_level)
-    return settings
-
-
-def _run(work: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(work)
-
-
-def _print_json(document: object) -> None:
-    try:
-        print(orjson.dumps(document, default=str).decode())
-    except TypeError:  # a number that no double can hold, from a manual edit of stats
-        print(json.dumps(document, default=str))
-
-
-def _campaign_id(text: str) -> UUID:
-    try:
-        return UUID(text)
-    except ValueError:
-        raise typer.BadParameter("not a UUID: give a campaign's id, 8-4-4-4-12 hex") from None
-
-
-CampaignId = Annotated[UUID, typer.Argument(parser=_campaign_id, metavar="ID", help="A campaign's id.")]
-
-
 @app.command(epilog="Example: campaign-stats run")
 def run(
     until_caught_up: Annotated[
@@ -92,7 +68,7 @@ def run(
     async def serve() -> int:
         return await Service(settings).run(until_caught_up=until_caught_up)
 
-    sys.exit(_run(serve()))
+    sys.exit(run_async(serve()))
 
 
 @app.command(epilog="Example: campaign-stats migrate --reference-schema")
@@ -102,8 +78,8 @@ def migrate(
     ] = False,
 ) -> None:
     """Apply the service's migrations to DATABASE_URL. Safe to run twice, at once, or again after a crash."""
-    settings = _settings("kafka_bootstrap_servers")
-    applied = _run(migrations.migrate(settings.database_url.get_secret_value(), reference_schema=reference_schema))
+    settings = settings_without("kafka_bootstrap_servers")
+    applied = run_async(migrations.migrate(settings.database_url.get_secret_value(), reference_schema=reference_schema))
     for name in applied:
         print(f"applied {name}")
     if not applied:
@@ -117,7 +93,7 @@ def topics(
     replication: Annotated[int, typer.Option(min=1, help="Replicas of each new topic.")] = 3,
 ) -> None:
     """List the topics the service needs; with --create, create the missing ones. Exit 1 while some are missing."""
-    settings = _settings("database_url")
+    settings = settings_without("database_url")
     names = Topics(settings.topic_prefix)
     from consumer.service import kafka_connection
 
@@ -135,7 +111,7 @@ def topics(
         finally:
             await publisher.close(5.0)
 
-    missing = _run(work())
+    missing = run_async(work())
     for name in names.all:
         print(f"{'missing' if name in missing else 'present'} {name}")
     sys.exit(1 if missing else 0)
@@ -148,7 +124,7 @@ def sync(
     seconds: Annotated[float, typer.Argument(min=0.1, metavar="[SECONDS]", help="How long to wait.")] = 30.0,
 ) -> None:
     """Publish a sync request and print its id; with --wait, exit 0 for counts, 1 if rejected or unanswered."""
-    settings = _settings("database_url")
+    settings = settings_without("database_url")
     from consumer.service import kafka_connection
 
     connection = kafka_connection(settings)
@@ -188,25 +164,25 @@ def sync(
         return None
 
     if not wait:
-        _run(publish())
+        run_async(publish())
         print(request_id)
         return
-    answer = _run(ask(seconds))
+    answer = run_async(ask(seconds))
     if answer is None:
         raise ServiceError(f"no answer to {request_id} within {seconds:g} s: is the service running?")
-    _print_json(answer["data"])
+    print_json(answer["data"])
     sys.exit(0 if answer["type"] == events.STATS_UPDATED else 1)
 
 
 @app.command(epilog="Example: campaign-stats why 8c2b2d4e-e29b-41d4-a716-446655440000")
 def why(campaign_id: CampaignId, as_json: JsonFlag = False) -> None:
     """Explain what the bounce guard thinks of a campaign, in words and numbers. Exit 1 for an unknown id."""
-    settings = _settings("kafka_bootstrap_servers")
-    explanation = _run(_with_database(settings, lambda db: questions.why(db, campaign_id, settings.limits)))
+    settings = settings_without("kafka_bootstrap_servers")
+    explanation = run_async(with_database(settings, lambda db: questions.why(db, campaign_id, settings.limits)))
     if explanation is None:
         raise ServiceError(f"no campaign has the id {campaign_id}")
     if as_json:
-        _print_json(explanation.document())
+        print_json(explanation.document())
     else:
         print(explanation.words())
 
@@ -214,18 +190,20 @@ def why(campaign_id: CampaignId, as_json: JsonFlag = False) -> None:
 @app.command(epilog="Example: campaign-stats drift --json")
 def drift(as_json: JsonFlag = False) -> None:
     """Campaigns whose stored stats differ from the truth now. Changes nothing; exit 1 if there are any."""
-    settings = _settings("kafka_bootstrap_servers")
-    found = _run(_with_database(settings, questions.drift))
+    settings = settings_without("kafka_bootstrap_servers")
+    found = run_async(with_database(settings, questions.drift))
     if as_json:
-        _print_json(found)
+        print_json(found)
     elif found:
-        table = Table(title=f"{len(found)} campaigns with wrong stats (truth minus stored)")
-        for column in ("campaign", "type", "status", "last synced", "drift"):
-            table.add_column(column)
-        for row in found:
-            changes = ", ".join(f"{key} {difference:+d}" for key, difference in row["drift"].items())
-            table.add_row(row["id"], row["type"], row["status"], row["last_synced_at"] or "never", changes)
-        Console().print(table)
+        changes = [", ".join(f"{key} {difference:+d}" for key, difference in row["drift"].items()) for row in found]
+        print_table(
+            f"{len(found)} campaigns with wrong stats (truth minus stored)",
+            ("campaign", "type", "status", "last synced", "drift"),
+            [
+                (row["id"], row["type"], row["status"], row["last_synced_at"] or "never", change)
+                for row, change in zip(found, changes, strict=True)
+            ],
+        )
     else:
         print("no drift: every campaign's stored stats are right")
     sys.exit(1 if found else 0)
@@ -234,7 +212,7 @@ def drift(as_json: JsonFlag = False) -> None:
 @app.command(epilog="Example: campaign-stats reconcile --all --now")
 def reconcile(
     campaign_ids: Annotated[
-        list[UUID] | None, typer.Argument(parser=_campaign_id, metavar="[ID]...", help="Campaigns to recount.")
+        list[UUID] | None, typer.Argument(parser=campaign_id, metavar="[ID]...", help="Campaigns to recount.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every campaign.")] = False,
     now: Annotated[bool, typer.Option("--now", help="At once instead of after the grace time.")] = False,
@@ -242,10 +220,10 @@ def reconcile(
     """Defer campaigns for a recount by the running service and publish them anew. Prints how many."""
     if bool(campaign_ids) == everything:
         raise typer.BadParameter("give campaign ids, or --all")
-    settings = _settings("kafka_bootstrap_servers")
+    settings = settings_without("kafka_bootstrap_servers")
     delay_s = 0.0 if now else settings.drift_grace_s
     chosen = None if everything else campaign_ids
-    count = _run(_with_database(settings, lambda db: questions.reconcile(db, chosen, delay_s)))
+    count = run_async(with_database(settings, lambda db: questions.reconcile(db, chosen, delay_s)))
     print(count)
     if chosen is not None and count < len(set(chosen)):
         print(f"campaign-stats: {len(set(chosen)) - count} of these ids are no campaign's", file=sys.stderr)
@@ -255,7 +233,7 @@ def reconcile(
 @app.command(epilog="Example: campaign-stats tail --json | head")
 def tail(as_json: JsonFlag = False) -> None:
     """Follow what the service publishes, from now on, until Ctrl-C."""
-    settings = _settings("database_url")
+    settings = settings_without("database_url")
     from consumer.service import kafka_connection
 
     connection = kafka_connection(settings)
@@ -269,7 +247,7 @@ def tail(as_json: JsonFlag = False) -> None:
                 for record in await reader.read(0.5):
                     print(_line(record.topic, record.value, record.headers, as_json), flush=True)
 
-    _run(follow())
+    run_async(follow())
 
 
 def _line(topic: str, value: bytes | None, headers: Any, as_json: bool) -> str:
@@ -310,16 +288,3 @@ def demo(
     except ImportError as error:
         raise ConfigError([f"the demo needs {error.name}: pip install 'campaign-stats[embedded]'"]) from error
     sys.exit(show(kafka=kafka, database_url=database, seconds=seconds))
-
-
-async def _with_database(settings: Settings, ask: Any) -> Any:
-    database = Database(settings.database_url.get_secret_value(), size=1)
-    await database.open()
-    try:
-        await database.check_reachable()
-        async with database.connection() as connection:
-            if problems := await migrations.problems(connection):
-                raise ConfigError(problems)
-            return await ask(connection)
-    finally:
-        await database.close(5.0)

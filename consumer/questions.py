@@ -6,14 +6,9 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-import asyncpg
-from asyncpg.pool import PoolConnectionProxy
-
-from consumer.database import override, statement
+from consumer.database import Connection, override, statement
 from consumer.envelope import format_time
 from consumer.guard import Limits, Mode, Resolved, Verdict, Window, bounces_left, judge, rate_bp, resolve
-
-Connection = asyncpg.Connection | PoolConnectionProxy
 
 
 @dataclass(frozen=True, slots=True)

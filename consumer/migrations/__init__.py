@@ -15,9 +15,8 @@ from importlib import resources
 from typing import Final
 
 import asyncpg
-from asyncpg.pool import PoolConnectionProxy
 
-from consumer.database import refusal
+from consumer.database import Connection, refusal
 from consumer.errors import ConfigError, Unavailable
 
 LOCK_KEY: Final = 0x63616D7073746174  # "campstat": any number that nobody else uses for an advisory lock here
@@ -43,9 +42,6 @@ RUN_RIGHTS: Final = (
     ("public.campaign_prospects", "SELECT", PRODUCT_COLUMNS["campaign_prospects"]),
 )
 """Table, right, columns: all that `run` does to the product's tables."""
-
-
-Connection = asyncpg.Connection | PoolConnectionProxy
 
 
 @dataclass(frozen=True, slots=True)
