@@ -20,7 +20,7 @@ from consumer.envelope import Cause, SyncRequest
 from consumer.errors import ConfigError, TooSlow, Unavailable
 from consumer.generation import Seen, Work
 from consumer.guard import Override, Window, rate_bp
-from consumer.outcome import Campaign, Deferral, Held, Outcome, Recount
+from consumer.outcome import Campaign, Deferral, Details, Held, Outcome, Recount
 from schemas.events import Trigger
 
 Connection = asyncpg.Connection | PoolConnectionProxy
@@ -209,6 +209,14 @@ class Database:
                 raise ConfigError([problem]) from error
             raise
 
+    async def owner(self, campaign_id: UUID) -> UUID | None:
+        """Whose campaign this is; None when there is none of this id."""
+        async with self.connection() as connection:
+            user_id: UUID | None = await connection.fetchval(
+                "SELECT user_id FROM public.campaigns WHERE id = $1", campaign_id
+            )
+            return user_id
+
     async def check_writable(self) -> None:
         """Raises Unavailable unless a write is possible now (a standby after a failover only reads)."""
         async with self.connection() as connection:
@@ -290,6 +298,16 @@ class Transaction:
                     row["counted_at"],
                 )
         return recounts, held
+
+    async def describe(self, campaign_id: UUID) -> Details:
+        """A recounted campaign's row as its owner sees it."""
+        row = await _one(self._connection, statement("describe"), campaign_id)
+        return Details(
+            Campaign(**{name: row[name] for name in Campaign._fields}),
+            row["signature"],
+            row["operating_hours"],
+            row["sender_accounts"],
+        )
 
     async def windows(self, candidates: Sequence[tuple[UUID, int, datetime | None]]) -> dict[UUID, WindowRead]:
         """The guard's window of every candidate: (campaign, size or 0 for all, opened at or None for the beginning)."""

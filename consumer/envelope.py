@@ -4,6 +4,7 @@ Hot path: one parse and one exact look per record. Only what is no plain, valid 
 which decides what it is in the documented order of dead-letter reasons.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -383,7 +384,20 @@ def encode(
         if cause.traceparent is not None:
             event["traceparent"] = cause.traceparent
     event["data"] = data
-    return orjson.dumps(event)
+    return to_json(event)
+
+
+def to_json(document: Mapping[str, object]) -> bytes:
+    """Compact JSON; also integers beyond 64 bits, which jsonb columns of the product may hold."""
+    try:
+        return orjson.dumps(document)
+    except TypeError:
+        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def campaign_uuid(text: str) -> UUID | None:
+    """A campaign id as taken at the doors, None for anything else."""
+    return _campaign_uuid(text)
 
 
 def format_time(moment: datetime) -> str:

@@ -4,6 +4,7 @@ ServiceError
   ConfigError     wrong setting, missing table or topic; only at start; all problems listed at once; exit code 2
   InvalidEvent    bytes that can never be read: dead letter, count, go on
   Unavailable     an outage (design, section 6): keep everything, back off with jitter, `degraded`
+  NotNow          the door cannot recount this campaign now; ask again in a while
   OwnershipLost   partitions taken away, or a refused commit: drop the work, its new owner repeats it
 """
 
@@ -53,6 +54,14 @@ class TooSlow(Exception):
     def __init__(self, *, is_lock: bool) -> None:
         super().__init__("waited too long for a lock" if is_lock else "took longer than statement_timeout")
         self.is_lock = is_lock
+
+
+class NotNow(ServiceError):
+    """A call at the door that cannot be served now. `retry_after_s`: whole seconds to wait before asking again."""
+
+    def __init__(self, sentence: str, retry_after_s: int) -> None:
+        super().__init__(sentence)
+        self.retry_after_s = retry_after_s
 
 
 class OwnershipLost(ServiceError):

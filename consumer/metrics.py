@@ -18,6 +18,8 @@ CALLERS: Final = ("chunk", "worker", "door")
 MODES: Final = ("enforce", "observe", "off")
 VERDICTS: Final = ("off", "not_email", "not_active", "too_few_sent", "below_rate", "trip")
 
+API_STATUSES: Final = ("200", "400", "401", "404", "405", "408", "413", "429", "500", "503")
+
 FAST_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 FRESH_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 SIZES: Final = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -77,6 +79,13 @@ class Metrics:
             "guard_decisions", "Windows the bounce guard judged, by mode and verdict.", mode=MODES, verdict=VERDICTS
         )
         self.pauses = self._counter("pauses", "Campaigns paused by the bounce guard.")
+
+        self.api_calls = self._counter(
+            "api_calls", "Answers of the sync-stats door, by HTTP status.", status=API_STATUSES
+        )
+        self.api_seconds = self._histogram(
+            "api_call_seconds", "From a complete request at the sync-stats door to its answer.", FAST_S
+        )
 
         self.deferred = self._counter("deferred", "Work put off, by reason.", reason=DEFERRED_REASONS)
         self.deferred_rows = self._gauge(

@@ -60,6 +60,16 @@ class Campaign(NamedTuple):  # named tuples: thousands a second, and made in a t
     updated_at: datetime | None
 
 
+@dataclass(frozen=True, slots=True)
+class Details:
+    """A campaign's row with what only its owner may see. `sender_accounts`: objects in id order."""
+
+    campaign: Campaign
+    signature: str | None
+    operating_hours: object
+    sender_accounts: Sequence[Mapping[str, object]]
+
+
 class Recount(NamedTuple):
     """One recounted campaign, its row locked: the truth, and what was known before.
 
@@ -170,6 +180,7 @@ class Outcome:
     outbox: list[OutboxRow] = field(default_factory=list)
     deferrals: list[Deferral] = field(default_factory=list)
     hurried: list[UUID] = field(default_factory=list)  # failing campaigns whose retry is brought forward
+    recounts: Mapping[UUID, Recount] = field(default_factory=dict)  # what it follows from
     later: list[Work] = field(default_factory=list)  # the chunk was full; goes into the next one
     recounted: int = 0
     missing: int = 0
@@ -218,7 +229,7 @@ def decide(
     `unjudged`: candidates whose guard failed; they are deferred one by one. `recount_s`: what the recount took, for the
     cool-down of huge campaigns. `now`: the database's clock.
     """
-    outcome = Outcome()
+    outcome = Outcome(recounts=recounts)
     unjudged = set(unjudged)
     for work in works:
         recount = recounts.get(work.campaign_id)

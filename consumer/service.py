@@ -19,8 +19,9 @@ from consumer.broker import Outgoing, Publisher, Source
 from consumer.database import Database
 from consumer.deadletters import DeadLetters
 from consumer.deferred import DeferredWorker
+from consumer.door import Door
 from consumer.envelope import CONTENT_TYPE
-from consumer.errors import ConfigError, Unavailable
+from consumer.errors import ConfigError, NotNow, Unavailable
 from consumer.generation import Partition
 from consumer.health import Health
 from consumer.metrics import Metrics
@@ -28,11 +29,12 @@ from consumer.pipeline import Pipeline
 from consumer.reconcile import Sweep
 from consumer.recount import Rules
 from consumer.relay import Relay
-from consumer.settings import Settings
-from consumer.web import OperatorsDoor
+from consumer.settings import PREFIX, Settings
+from consumer.web import ApiDoor, OperatorsDoor, Rate
 from schemas.topics import Topics
 
 SAMPLE_S: Final = 2.0  # gauges that need a question to a server
+API_POOL_SIZE: Final = 4  # calls beside the pipeline; more gain nothing on few cores (design, section 9)
 WATCHDOG_S: Final = 60.0  # design, section 6
 CAUGHT_UP_POLL_S: Final = 0.1
 
@@ -101,6 +103,18 @@ class Service:
             retention_days=settings.retention_days,
         )
         self._door = OperatorsDoor(settings.http_host, settings.http_port, self._health, registry)
+        self._callers = Database(settings.database_url.get_secret_value(), size=API_POOL_SIZE)
+        self._sync_stats = Door(
+            self._callers, rules, self._metrics, wake_relay=self._relay.wake, wake_deferred=self._deferred.wake
+        )
+        self._api = ApiDoor(
+            settings.api_host,
+            settings.api_port,
+            settings.api_tokens,
+            Rate(settings.api_rate_per_minute),
+            self._sync,
+            self._answered,
+        )
         self._stop = asyncio.Event()
         self._ends: dict[Partition, int] = {}
 
@@ -112,15 +126,7 @@ class Service:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        try:
-            await self._door.open()
-        except OSError as error:
-            raise ConfigError(
-                [
-                    f"CAMPAIGN_STATS_HTTP_PORT: cannot listen on {self._settings.http_host}:{self._settings.http_port}"
-                    f" ({error.strerror}); choose another port"
-                ]
-            ) from error
+        await self._open_doors()
         tasks: list[asyncio.Task[None]] = []
         stopped = asyncio.create_task(self._stopped(), name="stop")
         try:
@@ -159,13 +165,46 @@ class Service:
             await asyncio.gather(*tasks, stopped, return_exceptions=True)
             await asyncio.gather(self._source.stop(1.0), self._events.close(1.0), self._letters.close(1.0))
             await self._database.close(1.0)
+            await self._callers.close(1.0)
+            await self._api.close()
             await self._door.close()
+
+    async def _open_doors(self) -> None:
+        settings = self._settings
+        doors: list[tuple[str, str, int, OperatorsDoor | ApiDoor]] = [
+            ("HTTP_PORT", settings.http_host, settings.http_port, self._door)
+        ]
+        if settings.api_tokens:
+            doors.append(("API_PORT", settings.api_host, settings.api_port, self._api))
+        problems = []
+        for name, host, port, door in doors:
+            try:
+                await door.open()
+            except OSError as error:
+                why = error.strerror or type(error).__name__
+                problems.append(f"{PREFIX}{name}: cannot listen on {host}:{port} ({why}); choose another port")
+        if problems:
+            await self._api.close()
+            await self._door.close()
+            raise ConfigError(problems)
+
+    async def _sync(self, campaign_id: UUID, user_id: UUID | None) -> bytes | None:
+        if self._health.stopping:
+            raise NotNow("this process is stopping", 1)
+        if not self._health.started:
+            raise NotNow("this process is starting", 5)
+        return await self._sync_stats.sync(campaign_id, user_id)
+
+    def _answered(self, status: int, seconds: float) -> None:
+        self._metrics.api_calls.labels(str(status)).inc()
+        self._metrics.api_seconds.observe(seconds)
 
     async def _stopped(self) -> None:
         await self._stop.wait()
 
     async def _start(self) -> None:
         await self._health.persist("start", self._database.open)
+        await self._health.persist("start", self._callers.open)
         problems = await self._health.persist("start", self._check_database)
         if problems:  # list everything at once, but do not wait for Kafka to do so
             with suppress(Unavailable):
@@ -182,7 +221,7 @@ class Service:
         await self._database.check_reachable()
         await self._database.check_writable()
         async with self._database.connection() as connection:
-            return await migrations.problems(connection)
+            return await migrations.problems(connection, api=bool(self._settings.api_tokens))
 
     async def _check_topics(self) -> list[str]:
         missing = await self._events.check(self._topics.all)
@@ -199,6 +238,7 @@ class Service:
         undone: list[str] = []
         finishing = {task for task in tasks if task.get_name() in ("relay", "deferred")}
         finishing.add(asyncio.create_task(self._pipeline.let_go(), name="running chunk"))
+        finishing.add(asyncio.create_task(self._api.close(), name="calls"))
         done, pending = await asyncio.wait(finishing, timeout=deadline_s)
         undone.extend(sorted(task.get_name() for task in pending))
         for task in tasks:

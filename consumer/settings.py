@@ -1,16 +1,20 @@
 """Settings: one frozen model, the only reader of the environment. All problems are listed at once."""
 
+import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 from urllib.parse import parse_qs, urlsplit
+from uuid import UUID
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from consumer.errors import ConfigError
 from consumer.guard import Limits, Mode
+from schemas.events import ANY_ID_PATTERN
 
 PREFIX: Final = "CAMPAIGN_STATS_"
 UNUSED: Final = {  # each stands for a server that a command does not talk to
@@ -19,6 +23,8 @@ UNUSED: Final = {  # each stands for a server that a command does not talk to
 }
 TLS_FILES: Final = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 NO_URL: Final = "is no URL: write postgresql://user:password@host:5432/database, a / in user or password as %2F"
+TOKENS: Final = 'must be a JSON object: {"SHA-256 hex of a token": "user id or *"}'
+ANY_ID: Final = re.compile(ANY_ID_PATTERN)
 MAX_PORT: Final = 65_535
 NO_PORT: Final = f"has a port above {MAX_PORT}"
 HOST: Final = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]*)(?::[0-9]{1,5})?")
@@ -64,6 +70,35 @@ def _addresses(value: str) -> str:
     return value
 
 
+def _tokens(value: object) -> object:
+    """SHA-256 hex of a token (lower case) -> user id, None for `*`. Messages never quote what was set."""
+    if not isinstance(value, str):
+        return value
+    try:
+        given = json.loads(value, object_pairs_hook=_distinct)
+    except json.JSONDecodeError:
+        raise ValueError(TOKENS) from None
+    if not isinstance(given, dict):
+        raise ValueError(TOKENS)
+    tokens: dict[str, UUID | None] = {}
+    for place, (digest, user) in enumerate(given.items(), 1):
+        if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+            raise ValueError(f"entry {place}: the key is no SHA-256 in hex; make it with: printf %s TOKEN | sha256sum")
+        if not isinstance(user, str) or not (user == "*" or ANY_ID.fullmatch(user)):
+            raise ValueError(f"entry {place}: expected the user id (8-4-4-4-12 hex) the token speaks for, or *")
+        if digest.lower() in tokens:
+            raise ValueError(f"entry {place}: the same token stands there twice; keep one")
+        tokens[digest.lower()] = None if user == "*" else UUID(user)
+    return tokens
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("the same token stands there twice; keep one")
+    return found
+
+
 WholeNumber = Annotated[int, BeforeValidator(_whole)]
 Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -91,6 +126,12 @@ class Settings(BaseSettings):
     group_id: str | None = None
     http_host: str = "127.0.0.1"
     http_port: Port = 8080
+    api_host: str = "127.0.0.1"
+    api_port: Port = 8081
+    api_tokens: Annotated[Mapping[str, UUID | None], NoDecode, BeforeValidator(_tokens)] = Field(
+        default_factory=dict, repr=False
+    )
+    api_rate_per_minute: Annotated[int, Field(ge=0, le=1_000_000)] = 60
     guard_mode: Mode = Mode.ENFORCE
     guard_threshold_bp: WholeNumber = 500
     guard_min_sent: WholeNumber = 100

@@ -1,11 +1,32 @@
-"""HTTP: the operators' port with /metrics, /livez and /readyz."""
+"""HTTP: the operators' port (/metrics, /livez, /readyz) and the sync-stats door."""
 
+import asyncio
+import hashlib
+import hmac
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Final, Protocol
+from uuid import UUID
+
+import orjson
 import structlog
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.aiohttp import make_aiohttp_handler
 
+from consumer.envelope import campaign_uuid
+from consumer.errors import NotNow, Unavailable
 from consumer.health import Health
+
+REQUEST_DEADLINE_S: Final = 10.0  # for a whole request to arrive, and for the next one on an idle connection
+MAX_BODY_BYTES: Final = 1024  # design, section 7: the body is ignored, so a large one is a mistake
+OUTAGE_RETRY_S: Final = 5  # as long as our own longest backoff
+SYNC_STATS: Final = re.compile(r"/api/campaigns/([^/]+)/sync-stats")
+
+NOTHING: Final = "there is nothing here: POST /api/campaigns/{id}/sync-stats"
+UNAUTHORIZED: Final = "send Authorization: Bearer and a token of this service"
 
 log = structlog.get_logger(__name__)
 
@@ -25,11 +46,7 @@ class OperatorsDoor:
 
     async def open(self) -> None:
         """Listen; logs where. Raises OSError when the port is taken."""
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, self._host, self._port)
-        await site.start()
-        host, port = self._runner.addresses[0][:2]
-        log.info("listening", door="operators", host=host, port=port)
+        await _listen(self._runner, self._host, self._port, "operators")
 
     async def close(self) -> None:
         """Stop listening."""
@@ -43,3 +60,174 @@ class OperatorsDoor:
         if reason is not None:
             return web.json_response({"ready": False, "reason": reason}, status=503)
         return web.json_response({"ready": True, "degraded": self._health.degraded})
+
+
+class Sync(Protocol):
+    """Recounts a campaign for a user (None: any): its JSON, None when there is none. Raises NotNow, Unavailable."""
+
+    async def __call__(self, campaign_id: UUID, user_id: UUID | None) -> bytes | None: ...
+
+
+class Answered(Protocol):
+    """Told of every answer: HTTP status, seconds."""
+
+    def __call__(self, status: int, seconds: float) -> None: ...
+
+
+class Rate:
+    """Calls per token: `per_minute` at once, then as they trickle in (a token bucket kept as one time per token)."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._interval_s = 60 / per_minute if per_minute else 0.0
+        self._full_at: dict[str, float] = {}
+
+    def wait_s(self, token: str, now: float) -> float:
+        """0 when a call may be made now, which then counts; else how many seconds to wait."""
+        if not self._interval_s:
+            return 0.0
+        full_at = max(self._full_at.get(token, now), now) + self._interval_s
+        if full_at - now > 60 + self._interval_s / 1e6:
+            return full_at - now - 60
+        self._full_at[token] = full_at
+        return 0.0
+
+
+class ApiDoor:
+    """POST /api/campaigns/{id}/sync-stats. `tokens`: SHA-256 hex -> the user it speaks for, None for all."""
+
+    def __init__(
+        self, host: str, port: int, tokens: Mapping[str, UUID | None], rate: Rate, sync: Sync, answered: Answered
+    ) -> None:
+        self._host = host
+        self._port = port
+        self._tokens = {digest.encode(): user_id for digest, user_id in tokens.items()}
+        self._rate = rate
+        self._sync = sync
+        self._answered = answered
+        self._runner: web.ServerRunner | None = None
+
+    async def open(self) -> None:
+        """Listen; logs where. Raises OSError when the port is taken."""
+        self._runner = web.ServerRunner(_Server(self._handle), handle_signals=False, shutdown_timeout=5.0)
+        await _listen(self._runner, self._host, self._port, "api")
+
+    async def close(self) -> None:
+        """Stop listening; calls under way get a few seconds."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        connection = request.protocol
+        if isinstance(connection, _Connection):
+            connection.is_serving(True)
+        begun = time.monotonic()
+        try:
+            response = await self._answer(request)
+        except Exception:
+            log.exception("the door failed")
+            response = _error(500, "this call failed here; the log says why")
+        finally:
+            if isinstance(connection, _Connection):
+                connection.is_serving(False)
+        if not request.content.is_eof():
+            response.force_close()  # the rest of the body will not be read
+        self._answered(response.status, time.monotonic() - begun)
+        return response
+
+    async def _answer(self, request: web.BaseRequest) -> web.Response:
+        if request.path != "/api" and not request.path.startswith("/api/"):
+            return _error(404, NOTHING)
+        token = self._token(request.headers.getall("Authorization", []))
+        if token is None:
+            return _error(401, UNAUTHORIZED, {"WWW-Authenticate": "Bearer"})
+        match = SYNC_STATS.fullmatch(request.path)
+        if match is None:
+            return _error(404, NOTHING)
+        if request.method != "POST":
+            return _error(405, "only POST is taken here", {"Allow": "POST"})
+        wait_s = self._rate.wait_s(token.decode(), time.monotonic())
+        if wait_s:
+            return _error(429, "too many calls with this token", {"Retry-After": str(math.ceil(wait_s))})
+        try:
+            if await _is_too_long(request):
+                return _error(413, f"the body is ignored; send none, or at most {MAX_BODY_BYTES} bytes")
+        except TimeoutError:
+            return _error(408, f"the body did not arrive within {REQUEST_DEADLINE_S:g} s")
+        campaign_id = campaign_uuid(match.group(1))
+        if campaign_id is None:
+            return _error(400, "the campaign id is no RFC 9562 UUID (8-4-4-4-12 hex)")
+        try:
+            found = await self._sync(campaign_id, self._tokens[token])
+        except NotNow as error:
+            return _error(503, str(error), {"Retry-After": str(error.retry_after_s)})
+        except Unavailable as error:
+            return _error(503, f"the {error.dependency} is not to be had", {"Retry-After": str(OUTAGE_RETRY_S)})
+        if found is None:
+            return _error(404, "there is no such campaign")
+        return web.Response(body=found, content_type="application/json")
+
+    def _token(self, headers: list[str]) -> bytes | None:
+        """The digest of the token sent, if it is one of ours; every one is compared, in constant time."""
+        scheme, _, token = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
+        digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest().encode()
+        found = [known for known in self._tokens if hmac.compare_digest(known, digest)]
+        return found[0] if found and scheme.lower() == "bearer" else None
+
+
+async def _is_too_long(request: web.BaseRequest) -> bool:
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        return True
+    size = 0
+    async with asyncio.timeout(REQUEST_DEADLINE_S):
+        async for some in request.content.iter_any():
+            size += len(some)
+            if size > MAX_BODY_BYTES:
+                return True
+    return False
+
+
+def _error(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    body = orjson.dumps({"error": sentence})
+    return web.Response(status=status, body=body, content_type="application/json", headers=headers)
+
+
+class _Connection(web.RequestHandler):
+    """A connection that is closed when a whole request does not arrive in time; aiohttp itself waits for ever."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.is_serving(False)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.is_serving(True)
+        super().connection_lost(exc)
+
+    def is_serving(self, serving: bool) -> None:
+        """Whether a request is being answered; else the clock runs."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not serving and self.transport is not None:
+            self._timer = asyncio.get_running_loop().call_later(REQUEST_DEADLINE_S, self.force_close)
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """What is no HTTP gets the same kind of answer as everything else."""
+        response = _error(status, "this is no HTTP request that can be read")
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self, loop=asyncio.get_running_loop(), access_log=None, lingering_time=0)  # type: ignore[arg-type]
+
+
+async def _listen(runner: web.BaseRunner, host: str, port: int, door: str) -> None:
+    await runner.setup()
+    await web.TCPSite(runner, host, port).start()
+    host, port = runner.addresses[0][:2]
+    log.info("listening", door=door, host=host, port=port)

@@ -262,6 +262,7 @@ class RunningService:
     logs: list[dict[str, Any]] = field(default_factory=list)
     raw: list[str] = field(default_factory=list)
     port: int = 0
+    api_port: int = 0
     expected_exit: int | None = 0
     reader: asyncio.Task[None] | None = None
 
@@ -385,6 +386,8 @@ async def _read_logs(one: RunningService) -> None:
             one.logs.append(line)
             if line.get("event") == "listening" and line.get("door") == "operators":
                 one.port = line["port"]
+            if line.get("event") == "listening" and line.get("door") == "api":
+                one.api_port = line["port"]
 
 
 @overload

@@ -8,7 +8,7 @@ invalid leftover of an interrupted build first. A file is never edited once it w
 import asyncio
 import hashlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -42,6 +42,12 @@ RUN_RIGHTS: Final = (
     ("public.campaign_prospects", "SELECT", PRODUCT_COLUMNS["campaign_prospects"]),
 )
 """Table, right, columns: all that `run` does to the product's tables."""
+
+API_RIGHTS: Final = (
+    ("public.accounts", "SELECT", PRODUCT_COLUMNS["accounts"]),
+    ("public.campaign_sender_accounts", "SELECT", PRODUCT_COLUMNS["campaign_sender_accounts"]),
+)
+"""The same, only needed where the sync-stats door is open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +102,15 @@ async def migrate(database_url: str, *, reference_schema: bool = False) -> list[
         await connection.close()
 
 
-async def problems(connection: Connection) -> list[str]:
-    """Everything that keeps `run` and the commands from working on this database, a sentence each with its fix."""
+async def problems(connection: Connection, *, api: bool = False) -> list[str]:
+    """Everything that keeps `run` and the commands from working on this database, a sentence each with its fix.
+
+    `api`: also what the sync-stats door needs.
+    """
     found = await missing_columns(connection)
     try:
         if not found:
-            found = await missing_rights(connection)
+            found = await missing_rights(connection, (*RUN_RIGHTS, *API_RIGHTS) if api else RUN_RIGHTS)
         missing = await pending(connection) if not found else []
     except ConfigError as error:
         return [*found, *error.problems]
@@ -132,14 +141,14 @@ async def missing_columns(connection: Connection) -> list[str]:
     return problems
 
 
-async def missing_rights(connection: Connection) -> list[str]:
-    """One sentence per right the connected role lacks for `run`, each with the statement that grants it."""
+async def missing_rights(connection: Connection, rights: Sequence[tuple[str, str, tuple[str, ...]]]) -> list[str]:
+    """One sentence per right of `rights` and on our own tables that the role lacks, each with what grants it."""
     problems = []
     if await connection.fetchval("SELECT to_regnamespace('campaign_stats') IS NOT NULL") and not (
         await connection.fetchval("SELECT has_schema_privilege('campaign_stats', 'USAGE')")
     ):
         return ["the role may not use schema campaign_stats: GRANT USAGE ON SCHEMA campaign_stats TO it"]
-    for table, right, columns in RUN_RIGHTS:
+    for table, right, columns in rights:
         lacking = await connection.fetch(
             "SELECT c FROM unnest($2::text[]) AS c WHERE NOT has_column_privilege($1, c, $3)", table, columns, right
         )

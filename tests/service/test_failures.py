@@ -1,9 +1,11 @@
 """Plain failures of the servers around the service; what is hard under faults has its own tests later."""
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from urllib.request import Request, urlopen
 from uuid import uuid4
 
 import asyncpg
@@ -77,7 +79,8 @@ async def test_without_kafka_events_wait_in_the_outbox_and_follow_when_it_is_bac
         link = broker.Connection(server.bootstrap, {})
         await broker.create_topics(link, {name: {} for name in names.all}, partitions=1, replication=1)
         environment |= {"KAFKA_BOOTSTRAP_SERVERS": server.bootstrap, "CAMPAIGN_STATS_TOPIC_PREFIX": names.prefix}
-        running = await service(sweep_interval_s=0.2)
+        tokens = {hashlib.sha256(b"token").hexdigest(): "*"}
+        running = await service(sweep_interval_s=0.2, api_port=0, api_tokens=json.dumps(tokens))
         server.stop()
         campaign_id = await add_campaign(db, REFERENCE)  # the sweep finds it; its news cannot go out
 
@@ -93,13 +96,20 @@ async def test_without_kafka_events_wait_in_the_outbox_and_follow_when_it_is_bac
 
         await eventually(kafka_is_degraded, "so is Kafka", running)
         assert await stats_of(db, campaign_id) == expected_stats(REFERENCE)
-        assert await db.fetchval("SELECT count(*) FROM campaign_stats.outbox") == 1
+        await db.execute("UPDATE campaign_prospects SET status = 'replied' WHERE campaign_id = $1", campaign_id)
+        assert await _call(running.api_port, campaign_id) == {"total": 120, "sent": 0, "replied": 120, "bounced": 0}
+        assert await db.fetchval("SELECT count(*) FROM campaign_stats.outbox") == 2
         server.start()
         own = Bus(server.bootstrap, names)
-        [event] = await eventually(
-            lambda: own.events(names.prefix + "campaign.stats-updated"), "the event follows", running, timeout_s=40
-        )
-        assert event["subject"] == str(campaign_id)
+
+        async def follow() -> list[str]:
+            found = await own.events(names.prefix + "campaign.stats-updated")
+            return [event["data"]["trigger"] for event in found if event["subject"] == str(campaign_id)]
+
+        async def both() -> bool:
+            return await follow() == ["reconciliation", "sync_requested"]
+
+        await eventually(both, "the events follow", running, timeout_s=40)
 
         async def healthy() -> bool:
             return await running.get("/readyz") == (200, '{"ready": true, "degraded": []}')
@@ -110,6 +120,21 @@ async def test_without_kafka_events_wait_in_the_outbox_and_follow_when_it_is_bac
         assert await running.wait() == 0
     finally:
         server.stop()
+
+
+async def _call(port: int, campaign_id: object) -> object:
+    """The stats that a sync-stats call answers."""
+    request = Request(
+        f"http://127.0.0.1:{port}/api/campaigns/{campaign_id}/sync-stats",
+        method="POST",
+        headers={"Authorization": "Bearer token"},
+    )
+
+    def fetch() -> object:
+        with urlopen(request, timeout=10) as response:
+            return json.load(response)["campaign"]["stats"]
+
+    return await asyncio.to_thread(fetch)
 
 
 @pytest.mark.apache_kafka
