@@ -3,8 +3,10 @@
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, assert_never
 from uuid import UUID, uuid4
 
 import orjson
@@ -22,7 +24,7 @@ from consumer.console import (
     settings_without,
     with_database,
 )
-from consumer.envelope import CONTENT_TYPE, encode
+from consumer.envelope import CONTENT_TYPE, DeadLetter, Ignored, StatusHint, SyncRequest, decode, encode
 from consumer.errors import ConfigError, ServiceError
 from consumer.settings import read_settings
 from schemas import events
@@ -41,7 +43,7 @@ app = typer.Typer(
 def main() -> None:
     """Run a command; errors that a person can mend are printed as sentences."""
     try:
-        app()
+        app(prog_name="campaign-stats")
     except ConfigError as error:
         for problem in error.problems:
             print(f"campaign-stats: {problem}", file=sys.stderr)
@@ -270,6 +272,55 @@ def _line(topic: str, value: bytes | None, headers: Any, as_json: bool) -> str:
         return f"rejected  {campaign}  {data['reason']}"
     stats = json.dumps(data["campaign"]["stats"], separators=(",", ":"))
     return f"stats  {campaign}  {data['campaign']['status']}  {stats}  {data['trigger']}"
+
+
+@app.command(epilog="Example: campaign-stats check-event event.json")
+def check_event(
+    file: Annotated[typer.FileBinaryRead, typer.Argument(metavar="FILE|-", help="The event's bytes; - reads stdin.")],
+    header: Annotated[
+        list[str] | None,
+        typer.Option("--header", "-H", metavar="NAME=VALUE", help="A record header (binary mode: ce_id=..., ...)."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say whether the service would accept an event and, if not, where and why. Exit 1 if it would not."""
+    if malformed := [text for text in header or [] if "=" not in text]:
+        raise typer.BadParameter(f"--header {malformed[0]}: write NAME=VALUE")
+    pairs = [text.split("=", 1) for text in header or []]
+    record = GivenRecord(file.read(), [(name, value.encode("utf-8", "surrogateescape")) for name, value in pairs])
+    [found] = decode([record])
+    match found:
+        case DeadLetter():
+            document: dict[str, object] = {"accepted": False, "reason": found.reason, "error": found.error}
+            words = f"refused ({found.reason}): {found.error}"
+        case SyncRequest():
+            document = {"accepted": True, "kind": "sync_request", "campaign_id": str(found.campaign_id)}
+            words = f"accepted: a sync request for campaign {found.campaign_id}; it will be answered"
+        case StatusHint():
+            kind = "newer_version" if found.newer else "status_hint"
+            document = {"accepted": True, "kind": kind, "campaign_id": str(found.campaign_id)}
+            words = f"accepted: a hint for campaign {found.campaign_id}"
+            words += "; of a newer version than this code knows" if found.newer else ""
+        case Ignored():
+            document = {"accepted": True, "kind": "tombstone"}
+            words = "ignored: a tombstone"
+        case _:
+            assert_never(found)
+    print_json(document) if as_json else print(words)
+    sys.exit(0 if document["accepted"] else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenRecord:
+    """A record that never was in Kafka."""
+
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes | None]]
+    topic: str = ""
+    partition: int = 0
+    offset: int = 0
+    key: bytes | None = None
+    timestamp: int = 0
 
 
 @app.command(epilog="Example: campaign-stats demo --seconds 20")

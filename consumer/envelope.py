@@ -82,6 +82,12 @@ class StatusHint(NamedTuple):  # one per hint, as above
     newer: bool = False
 
 
+class ChangeHint(NamedTuple):
+    """These campaigns are dirty because one of their rows changed; nobody is named as the cause."""
+
+    campaign_ids: tuple[UUID, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class SyncRequest:
     """Recount this campaign and answer. `user_id`, if given, must own it. `source`, `cause.id` make the answer's id."""
@@ -116,7 +122,7 @@ class SyncRequest:
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """Nothing to do: a tombstone."""
+    """Nothing to do: a tombstone, or a change record that is about no prospect."""
 
     why: Literal["tombstone"] = "tombstone"
 
@@ -131,7 +137,7 @@ class DeadLetter:
 
 Decoded = StatusHint | SyncRequest | Ignored | DeadLetter
 
-_TOMBSTONE: Final = Ignored()
+TOMBSTONE: Final = Ignored()
 
 Model = TypeVar("Model", bound=events.Read)
 
@@ -175,10 +181,10 @@ def decode(records: Sequence[Record]) -> list[Decoded]:
 def _decode(record: Record) -> Decoded:
     value = record.value
     if value is None:
-        return _TOMBSTONE  # in binary mode too
+        return TOMBSTONE  # in binary mode too
     is_binary = bool(record.headers) and _is_binary(record)
     try:
-        event = _binary(record, value) if is_binary else _json(value)
+        event = _binary(record, value) if is_binary else parse_json(value)
     except InvalidEvent as error:
         return DeadLetter(error.reason, error.detail)
     if not is_binary and b"\\" not in value and (hint := _plain_hint(event)):
@@ -206,7 +212,7 @@ def _plain_hint(event: object) -> StatusHint | None:
         return None
     if from_status is not None and type(from_status) is not str:
         return None
-    campaign_id = _campaign_uuid(campaign)
+    campaign_id = campaign_uuid(campaign)
     if campaign_id is None or _ANY_ID.fullmatch(prospect) is None:
         return None
     if "correlationid" in event or "traceparent" in event:
@@ -319,15 +325,15 @@ def _binary(record: Record, value: bytes) -> dict[str, object]:
             except UnicodeDecodeError:
                 where = _Parsed(None, is_binary=True).attribute(name.removeprefix("ce_"))
                 _refuse(DeadLetterReason.NOT_UTF8, f"{where}: expected UTF-8; encode it so")
-    data = _json(value)
+    data = parse_json(value)
     if "data" in event or "data_base64" in event:  # neither is an attribute: the data is the value
         _refuse(DeadLetterReason.NOT_CLOUDEVENT, "header ce_data: not an attribute; put JSON into the value")
     event["data"] = data
     return event
 
 
-def _json(value: bytes) -> object:
-    """Parse with one parser, so that the same bytes always get the same answer.
+def parse_json(value: bytes) -> object:
+    """Parse with one parser, so that the same bytes always get the same answer. Raises InvalidEvent.
 
     orjson refuses lone surrogates even in fields that nobody looks at. They are read as U+0000, which may stand exactly
     where a lone surrogate may. (The standard library takes them, but its depth limit moves with the caller's stack.)
@@ -361,7 +367,8 @@ def _refuse(reason: DeadLetterReason, detail: str) -> NoReturn:
 
 
 @lru_cache(maxsize=65_536)  # a backlog names the same campaigns again and again
-def _campaign_uuid(text: str) -> UUID | None:
+def campaign_uuid(text: str) -> UUID | None:
+    """A campaign id as taken at the doors (design, section 2), None for anything else."""
     return UUID(text) if _CAMPAIGN_ID.fullmatch(text) else None
 
 
@@ -393,11 +400,6 @@ def to_json(document: Mapping[str, object]) -> bytes:
         return orjson.dumps(document)
     except TypeError:
         return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def campaign_uuid(text: str) -> UUID | None:
-    """A campaign id as taken at the doors, None for anything else."""
-    return _campaign_uuid(text)
 
 
 def format_time(moment: datetime) -> str:

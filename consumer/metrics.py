@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from schemas.events import DeadLetterReason
 
 DEPENDENCIES: Final = ("database", "kafka", "relay")
-RECORD_KINDS: Final = ("status_hint", "sync_request", "newer_version", "tombstone", "dead_letter")
+RECORD_KINDS: Final = ("status_hint", "sync_request", "newer_version", "change", "tombstone", "dead_letter")
 DEFERRED_REASONS: Final = ("locked", "huge", "alone", "failing", "guard", "sweep")
 EVENT_TYPES: Final = ("campaign.stats_updated.v1", "campaign.paused.v1", "campaign.sync_rejected.v1")
 CALLERS: Final = ("chunk", "worker", "door")

@@ -14,11 +14,12 @@ from typing import Final, Protocol
 import structlog
 
 from consumer import recount
-from consumer.envelope import DeadLetter, Ignored, Record, StatusHint, SyncRequest, decode
+from consumer.changes import decode_changes
+from consumer.envelope import ChangeHint, DeadLetter, Ignored, Record, StatusHint, SyncRequest, decode
 from consumer.errors import OwnershipLost, ServiceError, described
 from consumer.generation import CHUNK_CAMPAIGNS, Generation, Partition, Passed, Work
 from consumer.health import Health
-from consumer.metrics import Metrics
+from consumer.metrics import RECORD_KINDS, Metrics
 from consumer.outcome import Deferral, Outcome
 from consumer.recount import Rules, recount_campaigns, tally
 
@@ -81,7 +82,9 @@ class Pipeline:
         *,
         wake_relay: Wake,
         wake_deferred: Wake,
+        cdc_topic: str | None = None,
     ) -> None:
+        self._cdc_topic = cdc_topic
         self._source = source
         self._store = store
         self._dead_letters = dead_letters
@@ -124,12 +127,17 @@ class Pipeline:
 
     def _collect(self, batch: Batch) -> None:
         generation = self._collecting
-        kinds = dict.fromkeys(("status_hint", "sync_request", "newer_version", "tombstone", "dead_letter"), 0)
-        for record, event in zip(batch.records, decode(batch.records), strict=True):
+        kinds = dict.fromkeys(RECORD_KINDS, 0)
+        decoded = (decode_changes if batch.partition[0] == self._cdc_topic else decode)(batch.records)
+        for record, event in zip(batch.records, decoded, strict=True):
             match event:
                 case StatusHint():
                     generation.add_hint(event)
                     kinds["newer_version" if event.newer else "status_hint"] += 1
+                case ChangeHint():
+                    for campaign_id in event.campaign_ids:
+                        generation.add_hint(StatusHint(campaign_id, None))
+                    kinds["change"] += 1
                 case SyncRequest():
                     generation.add_request(event)
                     kinds["sync_request"] += 1

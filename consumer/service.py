@@ -75,8 +75,9 @@ class Service:
         self._metrics = Metrics(registry)
         self._health = Health()
         self._database = Database(settings.database_url.get_secret_value())
+        self._cdc = [settings.cdc_topic] if settings.cdc_topic else []
         self._source = Source(
-            connection, self._topics.read, settings.group, fetch_max_wait_ms=settings.fetch_max_wait_ms
+            connection, [*self._topics.read, *self._cdc], settings.group, fetch_max_wait_ms=settings.fetch_max_wait_ms
         )
         self._events = Publisher(connection, idempotence=settings.producer_idempotence)
         self._letters = Publisher(connection, idempotence=settings.producer_idempotence)
@@ -92,6 +93,7 @@ class Service:
             self._health,
             wake_relay=self._relay.wake,
             wake_deferred=self._deferred.wake,
+            cdc_topic=settings.cdc_topic,
         )
         self._sweep = Sweep(
             self._database,
@@ -215,7 +217,7 @@ class Service:
             raise ConfigError(problems)
         await self._health.persist("start", lambda: self._source.start(self._revoked, self._pipeline.take_over))
         self._health.started = True
-        log.info("started", group=self._settings.group, topics=self._topics.read)
+        log.info("started", group=self._settings.group, topics=[*self._topics.read, *self._cdc])
 
     async def _check_database(self) -> list[str]:
         await self._database.check_reachable()
@@ -224,7 +226,7 @@ class Service:
             return await migrations.problems(connection, api=bool(self._settings.api_tokens))
 
     async def _check_topics(self) -> list[str]:
-        missing = await self._events.check(self._topics.all)
+        missing = await self._events.check([*self._topics.all, *self._cdc])
         return [f"topic {topic} is missing: {broker.CREATE_TOPICS}" for topic in missing]
 
     async def _finish(self, tasks: Sequence[asyncio.Task[None]]) -> int:

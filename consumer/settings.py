@@ -142,6 +142,7 @@ class Settings(BaseSettings):
     retention_days: Annotated[int, Field(ge=1, le=36_500)] = 90
     fetch_max_wait_ms: Annotated[int, Field(ge=1, le=10_000)] = 100
     producer_idempotence: bool = True
+    cdc_topic: str | None = Field(default=None, pattern=r"\A[A-Za-z0-9._-]{1,249}\z")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @property
