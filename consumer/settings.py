@@ -18,7 +18,9 @@ UNUSED: Final = {  # each stands for a server that a command does not talk to
     "kafka_bootstrap_servers": "unused",
 }
 TLS_FILES: Final = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
-NO_URL: Final = "is no URL: write postgresql://user:password@host:5432/database, a / in user or password as %2F"
+NO_URL: Final = (
+    "is no URL: write postgresql://user:password@host:5432/database, a / in user or password as %2F, a # as %23"
+)
 MAX_PORT: Final = 65_535
 NO_PORT: Final = f"has a port above {MAX_PORT}"
 HOST: Final = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]*)(?::[0-9]{1,5})?")
@@ -42,7 +44,7 @@ def _database_url(value: object) -> object:
     except ValueError:
         raise ValueError(NO_URL) from None
     login, _, hosts = parts.netloc.rpartition("@")
-    if parts.scheme not in ("postgresql", "postgres") or ("@" in parts.path and not login):
+    if parts.scheme not in ("postgresql", "postgres") or ("@" in parts.path and not login) or parts.fragment:
         raise ValueError(NO_URL)
     if not all(HOST.fullmatch(host) for host in hosts.split(",")):
         raise ValueError(NO_URL)
@@ -66,7 +68,7 @@ def _addresses(value: str) -> str:
 
 WholeNumber = Annotated[int, BeforeValidator(_whole)]
 Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=365 * 86_400, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
