@@ -298,7 +298,7 @@ class Source:
         """One partition's bytes broke the whole poll: begin again where we were, and ask each partition alone.
 
         The client has forgotten records that it read before the broken ones, so every partition goes back to the last
-        offset it handed out. The next polls walk on, one record at a time, in the partitions that fail alone.
+        offset it handed out. The next polls walk on in each of them, one record at a time, to where good ones go on.
         """
         epoch, assigned = self._epoch, sorted(self._consumer.assignment())
         names = [(partition.topic, partition.partition) for partition in assigned if partition not in self._next]
@@ -421,7 +421,7 @@ class Publisher:
                 if results[place] is not ACKNOWLEDGED:
                     results[place] = Sent(error=type(error).__name__)
         if any(results[place] is not ACKNOWLEDGED for place in known):
-            await self.close(STOP_DEADLINE_S)  # a sequence gap stays for ever in an idempotent producer
+            await self._drop()  # a sequence gap stays for ever in an idempotent producer
         return results
 
     async def check(self, topics: Sequence[str]) -> list[str]:
@@ -435,10 +435,15 @@ class Publisher:
             raise Unavailable("kafka", f"{type(error).__name__} while reading metadata") from error
 
     async def close(self, deadline_s: float) -> None:
-        """Drop the producer; never hangs and never raises. The next publish makes a new one."""
+        """Stop the producer; never hangs and never raises. The next publish makes a new one."""
+        producer, self._producer = self._producer, None
+        if producer is not None and not await _close(producer, deadline_s):
+            await _abandon(producer)
+
+    async def _drop(self) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
-            await _close(producer, deadline_s)
+            await _abandon(producer)
 
     async def _ready(self) -> Any:
         if self._producer is None:
@@ -455,10 +460,10 @@ class Publisher:
                 async with asyncio.timeout(PRODUCER_DEADLINE_S):
                     await producer.start()
             except (KafkaError, OSError, TimeoutError) as error:
-                await _close(producer, STOP_DEADLINE_S)
+                await _abandon(producer)
                 raise Unavailable("kafka", f"{type(error).__name__} while starting a producer") from error
             except asyncio.CancelledError:
-                await _close(producer, STOP_DEADLINE_S)
+                await _abandon(producer)
                 raise
             self._producer = producer
         return self._producer
@@ -486,6 +491,8 @@ class Publisher:
                     self._append(batch, row)  # the first one fits, however large it is
                 inside.append(place)
             futures.append((await producer.send_batch(batch, topic, partition=partition), inside))
+        for future, _ in futures:
+            future.add_done_callback(_seen)
         return futures
 
     @staticmethod
@@ -526,10 +533,10 @@ class Publisher:
                     await producer.send_and_wait(row.topic, row.value, key=row.key, headers=list(row.headers))
                 results.append(ACKNOWLEDGED)
             except REFUSED_FOR_EVER:
-                await self.close(STOP_DEADLINE_S)
+                await self._drop()
                 results.append(Sent(error="larger than the topic takes (max.message.bytes)", refused=True))
             except (KafkaError, OSError, TimeoutError, Unavailable) as error:
-                await self.close(STOP_DEADLINE_S)
+                await self._drop()
                 results.append(Sent(error=type(error).__name__))
                 break
         return results + [Sent(error="not tried")] * (len(rows) - len(results))
@@ -623,17 +630,42 @@ class Reader:
         return [record for records in found.values() for record in records]
 
 
-async def _close(client: Any, deadline_s: float) -> None:
-    """Stop a consumer, producer or admin client: it may hang while brokers are away and raise CancelledError."""
+def _seen(future: Any) -> None:
+    """Its error is known: it may come only after we gave up waiting for it."""
+    if not future.cancelled():
+        future.exception()
+
+
+async def _abandon(producer: Any) -> None:
+    """Let go of a producer at once. A graceful stop would go on sending what we have given up and will send again."""
+    producer._closed = True
+    sender = producer._sender.sender_task if producer._sender is not None else None
+    producer._message_accumulator.fail_all(KafkaError("given up"))
+    for _ in range(2):  # cancelled once it waits for its requests, cancelled twice it gives them up too
+        if sender is not None:
+            sender.cancel()
+        closing = asyncio.ensure_future(producer.client.close())
+        await asyncio.wait([closing, *([sender] if sender is not None else [])], timeout=0.5)
+        closing.cancel()
+        if sender is None or sender.done():
+            return
+
+
+async def _close(client: Any, deadline_s: float) -> bool:
+    """Stop a consumer, producer or admin client: it may hang while brokers are away and raise CancelledError.
+
+    Whether it stopped in time.
+    """
     stop = getattr(client, "stop", None) or client.close
     task = asyncio.ensure_future(stop())
     done, _ = await asyncio.wait([task], timeout=deadline_s)
     if done:
         if not task.cancelled() and task.exception() is not None:
             log.debug("client stopped with an error", error=type(task.exception()).__name__)
-        return
+        return True
     task.cancel()
     inner = getattr(client, "_client", None) or getattr(client, "client", None)
     if inner is not None:
         closing = asyncio.ensure_future(inner.close())
         await asyncio.wait([closing, task], timeout=1)
+    return False

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,16 @@ from consumer.console import (
     settings_without,
     with_database,
 )
-from consumer.envelope import CONTENT_TYPE, DeadLetter, Ignored, StatusHint, SyncRequest, decode, encode
+from consumer.envelope import (
+    CONTENT_TYPE,
+    DeadLetter,
+    Ignored,
+    StatusHint,
+    SyncRequest,
+    campaign_uuid,
+    decode,
+    encode,
+)
 from consumer.errors import ConfigError, ServiceError
 from consumer.settings import read_settings
 from schemas import events
@@ -43,7 +53,7 @@ app = typer.Typer(
 def main() -> None:
     """Run a command; errors that a person can mend are printed as sentences."""
     try:
-        app(prog_name="campaign-stats")
+        app(_separated(sys.argv[1:]), prog_name="campaign-stats")
     except ConfigError as error:
         for problem in error.problems:
             print(f"campaign-stats: {problem}", file=sys.stderr)
@@ -55,6 +65,15 @@ def main() -> None:
         sys.exit(130)
 
 
+def _separated(arguments: list[str]) -> list[str]:
+    """`sync --wait=5 ID` and `sync --wait 5 ID` as `sync ID --wait 5`: the option's value may be left out."""
+    if arguments[:1] != ["sync"]:
+        return arguments
+    text = " ".join(arguments)
+    found = re.search(r" --wait[= ]([0-9.]+)(?= |$)", text)
+    return arguments if found is None else [*(text[: found.start()] + text[found.end() :]).split(), "--wait", found[1]]
+
+
 @app.command(epilog="Example: campaign-stats run")
 def run(
     until_caught_up: Annotated[
@@ -62,13 +81,15 @@ def run(
     ] = False,
 ) -> None:
     """Serve: read hints and sync requests, recount, pause, publish. Logs JSON lines on stdout."""
-    from consumer.service import Service
+    from consumer.service import Service, end_process
 
     settings = read_settings()
     logs.configure(sys.stdout, settings.log_level)
 
     async def serve() -> int:
-        return await Service(settings).run(until_caught_up=until_caught_up)
+        code = await Service(settings).run(until_caught_up=until_caught_up)
+        await end_process(code)
+        return code
 
     sys.exit(run_async(serve()))
 
@@ -123,9 +144,15 @@ def topics(
 def sync(
     campaign_id: CampaignId,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the answer and print its data.")] = False,
-    seconds: Annotated[float, typer.Argument(min=0.1, metavar="[SECONDS]", help="How long to wait.")] = 30.0,
+    seconds: Annotated[
+        float | None, typer.Argument(min=0.1, metavar="[SECONDS]", help="How long to wait; 30 if not given.")
+    ] = None,
 ) -> None:
     """Publish a sync request and print its id; with --wait, exit 0 for counts, 1 if rejected or unanswered."""
+    if campaign_uuid(str(campaign_id)) is None:
+        raise typer.BadParameter("the service takes RFC 9562 UUIDs only, and this id is none")
+    if seconds is not None and not wait:
+        raise typer.BadParameter("seconds are for --wait: add it")
     settings = settings_without("database_url")
     from consumer.service import kafka_connection
 
@@ -160,8 +187,8 @@ def sync(
             deadline = asyncio.get_running_loop().time() + timeout_s
             while (left := deadline - asyncio.get_running_loop().time()) > 0:
                 for record in await reader.read(min(left, 0.5)):
-                    answer: dict[str, Any] = orjson.loads(record.value or b"{}")
-                    if answer.get("causationid") == request_id:
+                    answer = _parsed(record.value)
+                    if isinstance(answer, dict) and answer.get("causationid") == request_id:
                         return answer
         return None
 
@@ -169,9 +196,10 @@ def sync(
         run_async(publish())
         print(request_id)
         return
-    answer = run_async(ask(seconds))
+    patience_s = 30.0 if seconds is None else seconds
+    answer = run_async(ask(patience_s))
     if answer is None:
-        raise ServiceError(f"no answer to {request_id} within {seconds:g} s: is the service running?")
+        raise ServiceError(f"no answer to {request_id} within {patience_s:g} s: is the service running?")
     print_json(answer["data"])
     sys.exit(0 if answer["type"] == events.STATS_UPDATED else 1)
 
@@ -252,18 +280,29 @@ def tail(as_json: JsonFlag = False) -> None:
     run_async(follow())
 
 
-def _line(topic: str, value: bytes | None, headers: Any, as_json: bool) -> str:
+def _parsed(value: bytes | None) -> Any:
+    """Whatever JSON it is; None for bytes that are none."""
     try:
-        event = orjson.loads(value or b"null")
+        return orjson.loads(value or b"null")
     except orjson.JSONDecodeError:
-        event = None
+        return None
+
+
+def _line(topic: str, value: bytes | None, headers: Any, as_json: bool) -> str:
+    event = _parsed(value)
     if as_json:
         return json.dumps({"topic": topic, "event": event})
     if topic.endswith("dead-letters"):
-        said = {name: content.decode("utf-8", "replace") for name, content in headers}
+        said = {name: (content or b"").decode("utf-8", "replace") for name, content in headers}
         return f"dead letter  {said.get('dead-letter-reason', '?')}: {said.get('dead-letter-error', '')}"
-    if not isinstance(event, dict) or not isinstance(event.get("data"), dict):
-        return f"{topic}  (not an event)"
+    try:
+        return _told(event)
+    except (TypeError, KeyError, AttributeError):
+        return f"{topic}  (no event of this service)"
+
+
+def _told(event: Any) -> str:
+    """An event of ours in a line. Raises TypeError, KeyError or AttributeError for anything else."""
     data = event["data"]
     campaign = event.get("subject")
     if event.get("type") == events.PAUSED:

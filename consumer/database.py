@@ -42,6 +42,12 @@ SESSION: Final = {
     "timezone": "UTC",
 }
 OUTAGE_CLASSES: Final = ("08", "53", "57P", "40", "28", "3D")  # 28, 3D: login refused, database missing
+LOST: Final = (  # of the client: also that no server of several has the attributes asked for, as in a failover
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
 REFUSED_CLASSES: Final = ("28", "3D")
 OUTAGE_STATES: Final = frozenset(
     ("25006", "42501", "0A000", "42P01", "42883", "42703", "3F000", "57014", "55P03")
@@ -113,7 +119,7 @@ def translated() -> Iterator[None]:
         if is_outage(error.sqlstate):
             raise Unavailable("database", f"{type(error).__name__} ({error.sqlstate})") from error
         raise
-    except (asyncpg.InterfaceError, OSError, TimeoutError) as error:
+    except LOST as error:
         raise Unavailable("database", f"{type(error).__name__}") from error
 
 
@@ -132,6 +138,8 @@ def refusal(error: BaseException | None) -> str | None:
     """What a person must put right in DATABASE_URL, if this error of connecting says so; never quotes the URL."""
     if isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "").startswith(REFUSED_CLASSES):
         return f"DATABASE_URL: the server refuses it ({error.sqlstate}); check user, password and database"
+    if isinstance(error, asyncpg.UndefinedObjectError | asyncpg.DataError):
+        return f"DATABASE_URL: {error.message}; the driver knows no such option, leave it out"
     if isinstance(error, asyncpg.ClientConfigurationError):
         return f"DATABASE_URL: {str(error).splitlines()[0]}; put this option right"
     if isinstance(error, ssl.SSLError):
@@ -176,7 +184,11 @@ class Database:
             async with asyncio.timeout(deadline_s):
                 await self._pool.close()
         except TimeoutError:
-            self._pool.terminate()
+            self.terminate()
+
+    def terminate(self) -> None:
+        """End all sessions now: whoever waits for a server that does not answer stops waiting."""
+        self._pool.terminate()
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
@@ -204,8 +216,8 @@ class Database:
         try:
             async with self.connection():
                 return
-        except Unavailable as error:
-            if problem := refusal(error.__cause__):
+        except (Unavailable, asyncpg.PostgresError) as error:
+            if problem := refusal(error.__cause__ if isinstance(error, Unavailable) else error):
                 raise ConfigError([problem]) from error
             raise
 

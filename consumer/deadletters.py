@@ -1,5 +1,6 @@
 """Dead letters: records that can never be read are kept, whole, before their offset may pass."""
 
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final, Protocol
@@ -10,6 +11,9 @@ from consumer.generation import Passed
 from schemas.events import DeadLetterReason
 
 AT_ONCE: Final = 1_000
+
+Row = tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]
+"""Key, value, headers."""
 
 
 class Sent(Protocol):
@@ -24,9 +28,7 @@ class Sent(Protocol):
 class Publish(Protocol):
     """Publishes (key, value, headers) to the dead-letter topic; what became of each, in order."""
 
-    async def __call__(
-        self, rows: Sequence[tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]], *, alone: bool
-    ) -> Sequence[Sent]: ...
+    async def __call__(self, rows: Sequence[Row], *, alone: bool) -> Sequence[Sent]: ...
 
 
 class DeadLetters:
@@ -35,37 +37,58 @@ class DeadLetters:
     def __init__(self, publish: Publish) -> None:
         self._publish = publish
 
-    async def records(self, letters: Sequence[tuple[Record, DeadLetter]]) -> None:
-        """Keep records with their bytes, key and headers. One larger than the topic takes becomes a stub.
+    async def records(self, letters: list[tuple[Record, DeadLetter]]) -> None:
+        """Keep records with their bytes, key and headers, and take each off the list once it is kept.
 
-        Raises Unavailable when not all could be written; then all are written again.
+        One larger than the topic takes becomes a stub. Raises Unavailable when not all could be written; called again,
+        it goes on with those that are left.
         """
-        for begin in range(0, len(letters), AT_ONCE):
-            some = letters[begin : begin + AT_ONCE]
-            now = datetime.now(UTC)
-            rows = [(record.key, record.value, dead_letter_headers(record, letter, now)) for record, letter in some]
-            results = await self._publish(rows, alone=False)
-            again = [place for place, sent in enumerate(results) if sent.error is not None]
-            if not again:
+        too_large = sys.maxsize  # bytes; what is at least as large as a refused row need not be tried
+        while letters:
+            before, now = len(letters), datetime.now(UTC)
+            rows = [_row(record, letter, now, too_large) for record, letter in letters[:AT_ONCE]]
+            rows = _strike(letters, rows, await self._publish(rows, alone=False))
+            if not rows:
                 continue
-            alone = await self._publish([rows[place] for place in again], alone=True)
-            for place, sent in zip(again, alone, strict=True):
-                record, letter = some[place]
-                if sent.refused:
-                    stub = stub_headers(record.topic, record.partition, record.offset, record.offset, letter, now)
-                    await self._keep(None, stub)
-                elif sent.error is not None:
-                    raise Unavailable("kafka", f"{sent.error} while writing dead letters")
+            results = await self._publish(rows, alone=True)
+            refused = min(
+                (_size(row) for row, sent in zip(rows, results, strict=True) if sent.refused), default=sys.maxsize
+            )
+            _strike(letters, rows, results)
+            if len(letters) == before and refused >= too_large:
+                raise Unavailable("kafka", f"{results[0].error} while writing dead letters")
+            too_large = min(too_large, refused)
 
-    async def stubs(self, passed: Sequence[Passed]) -> None:
-        """Keep the coordinates of records nobody can hand out. Raises Unavailable."""
-        for stub in passed:
+    async def stubs(self, passed: list[Passed]) -> None:
+        """Keep the coordinates of records nobody can hand out; takes each off the list. Raises Unavailable."""
+        while passed:
+            stub = passed[0]
             reason = DeadLetterReason.TOO_LARGE if stub.too_large else DeadLetterReason.UNREADABLE
             letter = DeadLetter(reason, f"the client cannot hand it out ({stub.error}); the sweep repairs what it said")
             topic, partition = stub.partition
             await self._keep(None, stub_headers(topic, partition, stub.first, stub.last, letter, datetime.now(UTC)))
+            del passed[0]
 
     async def _keep(self, key: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> None:
         [sent] = await self._publish([(key, b"", headers)], alone=True)
         if sent.error is not None:
             raise Unavailable("kafka", f"{sent.error} while writing dead letters")
+
+
+def _row(record: Record, letter: DeadLetter, now: datetime, too_large: int) -> Row:
+    whole = (record.key, record.value, dead_letter_headers(record, letter, now))
+    if _size(whole) < too_large:
+        return whole
+    return None, b"", stub_headers(record.topic, record.partition, record.offset, record.offset, letter, now)
+
+
+def _size(row: Row) -> int:
+    key, value, headers = row
+    return len(key or b"") + len(value or b"") + sum(len(name) + len(content or b"") for name, content in headers)
+
+
+def _strike(letters: list[tuple[Record, DeadLetter]], rows: list[Row], results: Sequence[Sent]) -> list[Row]:
+    """Take what was acknowledged off the front of `letters`; the rows that are left, in order."""
+    left = [place for place, sent in enumerate(results) if sent.error is not None]
+    letters[: len(rows)] = [letters[place] for place in left]
+    return [rows[place] for place in left]

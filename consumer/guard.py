@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, Literal
 
+MOST: Final = 2**31 - 1  # as the columns of guard_limits and the window's query take
 BASIS_POINTS: Final = 10_000
 
 Level = Literal["default", "user", "campaign"]
@@ -47,10 +48,10 @@ class Limits:
         found = []
         if not 1 <= self.threshold_bp <= BASIS_POINTS:
             found.append(f"threshold_bp is {self.threshold_bp}: use 1 to {BASIS_POINTS} basis points")
-        if self.min_sent < 1:
-            found.append(f"min_sent is {self.min_sent}: use 1 or more")
-        if self.window != 0 and self.window < self.min_sent:
-            found.append(f"window is {self.window}: use 0 (all) or at least min_sent ({self.min_sent})")
+        if not 1 <= self.min_sent <= MOST:
+            found.append(f"min_sent is {self.min_sent}: use 1 to {MOST}")
+        if self.window != 0 and not self.min_sent <= self.window <= MOST:
+            found.append(f"window is {self.window}: use 0 (all), or min_sent ({self.min_sent}) to {MOST}")
         return found
 
 

@@ -56,10 +56,10 @@ class Store(Protocol):
 
 
 class DeadLetters(Protocol):
-    """Writes to the dead-letter topic; returns when all were acknowledged. Raises Unavailable."""
+    """Writes to the dead-letter topic; takes each off the list once it was acknowledged. Raises Unavailable."""
 
-    async def records(self, letters: Sequence[tuple[Record, DeadLetter]]) -> None: ...
-    async def stubs(self, passed: Sequence[Passed]) -> None: ...
+    async def records(self, letters: list[tuple[Record, DeadLetter]]) -> None: ...
+    async def stubs(self, passed: list[Passed]) -> None: ...
 
 
 class Wake(Protocol):
@@ -180,7 +180,9 @@ class Pipeline:
         """Make everything in `generation` true in the database, then commit its offsets."""
         begun = time.monotonic()
         if generation.dead_letters or passed:
-            await self._health.persist("dead letters", lambda: self._bury(generation, passed, epoch))
+            letters, stubs = list(generation.dead_letters), list(passed)
+            await self._health.persist("dead letters", lambda: self._bury(letters, stubs, epoch))
+            self._count_dead_letters(generation, passed)
         waiting = deque(generation.works())
         while waiting:
             works = [waiting.popleft() for _ in range(min(CHUNK_CAMPAIGNS, len(waiting)))]
@@ -227,10 +229,12 @@ class Pipeline:
             self._wake_deferred()
         return outcome
 
-    async def _bury(self, generation: Generation, passed: Sequence[Passed], epoch: int) -> None:
+    async def _bury(self, letters: list[tuple[Record, DeadLetter]], stubs: list[Passed], epoch: int) -> None:
         self._still_ours(epoch)
-        await self._dead_letters.stubs(passed)
-        await self._dead_letters.records(generation.dead_letters)
+        await self._dead_letters.stubs(stubs)
+        await self._dead_letters.records(letters)
+
+    def _count_dead_letters(self, generation: Generation, passed: Sequence[Passed]) -> None:
         for _, letter in generation.dead_letters:
             self._metrics.dead_letters.labels(letter.reason).inc()
         for stub in passed:

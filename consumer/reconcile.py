@@ -10,6 +10,7 @@ from uuid import UUID
 
 import structlog
 
+from consumer.errors import TooSlow, Unavailable, described
 from consumer.generation import Seen, Work
 from consumer.guard import Limits, Mode, Override, Resolved, Verdict, Window, applies, is_candidate, judge, resolve
 from consumer.health import Health
@@ -66,6 +67,7 @@ class Transaction(Protocol):
     async def sweep_advance(self, after: UUID | None, interval_s: float) -> None: ...
     async def windows(self, candidates: Sequence[tuple[UUID, int, datetime | None]]) -> Mapping[UUID, WindowRead]: ...
     async def save(self, outcome: Outcome) -> None: ...
+    def savepoint(self) -> AbstractAsyncContextManager[None]: ...
 
 
 class Store(Protocol):
@@ -97,6 +99,7 @@ class Sweep:
         self._grace_s = grace_s
         self._retention_days = retention_days
         self._forgot_at: float | None = None
+        self._campaigns = PAGE_CAMPAIGNS
 
     async def run(self) -> None:
         """Lap after lap, until the process stops."""
@@ -112,14 +115,13 @@ class Sweep:
             turn = await db.sweep_turn()
             if turn is None:
                 return False
-            compared = await db.sweep_page(turn[0], PAGE_CAMPAIGNS)
+            compared, is_last = await self._compared(db, turn[0])
             outcome = Outcome()
             would_pause = await self._would_pause(db, compared)
             for campaign in compared:
                 if not campaign.waiting and (campaign.differs or campaign.campaign_id in would_pause):
                     outcome.deferrals.append(self._deferral(campaign))
             await db.save(outcome)
-            is_last = len(compared) < PAGE_CAMPAIGNS
             await db.sweep_advance(None if is_last else compared[-1].campaign_id, self._interval_s)
         self._metrics.sweep_pages.inc()
         self._metrics.sweep_seconds.observe(time.monotonic() - begun)
@@ -130,6 +132,21 @@ class Sweep:
         if outcome.deferrals:
             log.info("sweep found differences", campaigns=len(outcome.deferrals), of=len(compared))
         return True
+
+    async def _compared(self, db: Transaction, after: UUID | None) -> tuple[Sequence[Compared], bool]:
+        """A page, smaller where campaigns are so large that it takes too long; whether it is the last one."""
+        while True:
+            try:
+                async with db.savepoint():
+                    compared = await db.sweep_page(after, self._campaigns)
+            except TooSlow:
+                if self._campaigns == 1:
+                    raise Unavailable("database", "comparing a single campaign takes too long") from None
+                self._campaigns = max(1, self._campaigns // 8)
+            else:
+                is_last = len(compared) < self._campaigns
+                self._campaigns = min(PAGE_CAMPAIGNS, self._campaigns * 2)
+                return compared, is_last
 
     def _deferral(self, campaign: Compared) -> Deferral:
         seen = Seen(campaign.last_synced_at, drift=bool(campaign.drift))
@@ -148,12 +165,20 @@ class Sweep:
                 candidates[campaign.campaign_id] = (campaign, resolved)
         if not candidates:
             return set()
-        windows = await db.windows(
-            [
-                (campaign_id, resolved.limits.window, campaign.guard_paused_at)
-                for campaign_id, (campaign, resolved) in candidates.items()
-            ]
-        )
+        try:
+            async with db.savepoint():
+                windows = await db.windows(
+                    [
+                        (campaign_id, resolved.limits.window, campaign.guard_paused_at)
+                        for campaign_id, (campaign, resolved) in candidates.items()
+                    ]
+                )
+        except Unavailable:
+            raise
+        except Exception as error:
+            # Best effort, as in a recount: comparing must not stop because judging fails. The next lap tries again.
+            log.error("guard failed in the sweep", campaigns=len(candidates), **described(error))
+            return set()
         return {
             campaign_id
             for campaign_id, (campaign, resolved) in candidates.items()

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import io
+import os
 import signal
 import sys
 import time
@@ -36,6 +37,7 @@ from schemas.topics import Topics
 SAMPLE_S: Final = 2.0  # gauges that need a question to a server
 API_POOL_SIZE: Final = 4  # calls beside the pipeline; more gain nothing on few cores (design, section 9)
 WATCHDOG_S: Final = 60.0  # design, section 6
+CANCEL_DEADLINE_S: Final = 0.5  # with the shutdown deadline below the 10 s of container engines
 CAUGHT_UP_POLL_S: Final = 0.1
 
 log = structlog.get_logger(__name__)
@@ -162,9 +164,7 @@ class Service:
             return await self._finish(tasks)
         finally:
             self._health.stopping = True
-            for task in [*tasks, stopped]:
-                task.cancel()
-            await asyncio.gather(*tasks, stopped, return_exceptions=True)
+            await _cancelled([*tasks, stopped])
             await asyncio.gather(self._source.stop(1.0), self._events.close(1.0), self._letters.close(1.0))
             await self._database.close(1.0)
             await self._callers.close(1.0)
@@ -243,11 +243,10 @@ class Service:
         finishing.add(asyncio.create_task(self._api.close(), name="calls"))
         done, pending = await asyncio.wait(finishing, timeout=deadline_s)
         undone.extend(sorted(task.get_name() for task in pending))
-        for task in tasks:
-            task.cancel()
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*tasks, *done, *pending, return_exceptions=True)
+        if undone:
+            self._database.terminate()  # else whoever waits for a silent server goes on waiting
+            self._callers.terminate()
+        await _cancelled([*tasks, *done, *pending])
         left_s = max(0.5, deadline_s - (time.monotonic() - begun))
         await asyncio.gather(self._source.stop(left_s), self._events.close(left_s), self._letters.close(left_s))
         log.info("stopped", seconds=round(time.monotonic() - begun, 3), undone=undone)
@@ -367,3 +366,24 @@ class Service:
             return False
         self._ends = ends
         return all(done[partition] >= ends[partition] for partition in assigned)
+
+
+async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel and wait, but not for ever: a client may be talking to a server that does not answer."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=CANCEL_DEADLINE_S)
+    for task in tasks:
+        if task.done() and not task.cancelled():
+            task.exception()  # seen: what an engine raised while it was being stopped is nobody's concern
+
+
+async def end_process(code: int) -> None:
+    """After `run`: end even where a client's task does not let itself be cancelled, with this exit code."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left and (await asyncio.wait(left, timeout=CANCEL_DEADLINE_S))[1]:
+        sys.stdout.flush()
+        os._exit(code)

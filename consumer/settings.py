@@ -22,7 +22,9 @@ UNUSED: Final = {  # each stands for a server that a command does not talk to
     "kafka_bootstrap_servers": "unused",
 }
 TLS_FILES: Final = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
-NO_URL: Final = "is no URL: write postgresql://user:password@host:5432/database, a / in user or password as %2F"
+NO_URL: Final = (
+    "is no URL: write postgresql://user:password@host:5432/database, a / in user or password as %2F, a # as %23"
+)
 TOKENS: Final = 'must be a JSON object: {"SHA-256 hex of a token": "user id or *"}'
 ANY_ID: Final = re.compile(ANY_ID_PATTERN)
 MAX_PORT: Final = 65_535
@@ -48,7 +50,7 @@ def _database_url(value: object) -> object:
     except ValueError:
         raise ValueError(NO_URL) from None
     login, _, hosts = parts.netloc.rpartition("@")
-    if parts.scheme not in ("postgresql", "postgres") or ("@" in parts.path and not login):
+    if parts.scheme not in ("postgresql", "postgres") or ("@" in parts.path and not login) or parts.fragment:
         raise ValueError(NO_URL)
     if not all(HOST.fullmatch(host) for host in hosts.split(",")):
         raise ValueError(NO_URL)
@@ -101,7 +103,7 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 WholeNumber = Annotated[int, BeforeValidator(_whole)]
 Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=365 * 86_400, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):

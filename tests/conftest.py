@@ -202,7 +202,7 @@ class Bus:
         value: bytes | dict[str, Any] | None,
         *,
         key: str | None = None,
-        headers: Sequence[tuple[str, bytes]] = (),
+        headers: Sequence[tuple[str, bytes | None]] = (),
         partition: int | None = None,
     ) -> Any:
         """Publish one record and wait for its acknowledgement; returns its coordinates."""

@@ -9,14 +9,14 @@ import asyncio
 import hashlib
 import re
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from typing import Final
 
 import asyncpg
 
-from consumer.database import Connection, refusal
+from consumer.database import LOST, Connection, refusal
 from consumer.errors import ConfigError, Unavailable
 
 LOCK_KEY: Final = 0x63616D7073746174  # "campstat": any number that nobody else uses for an advisory lock here
@@ -81,7 +81,7 @@ async def migrate(database_url: str, *, reference_schema: bool = False) -> list[
         connection = await asyncpg.connect(
             database_url, server_settings={"application_name": "campaign-stats migrate", "lock_timeout": "10s"}
         )
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
+    except (asyncpg.PostgresError, *LOST) as error:
         if problem := refusal(error):
             raise ConfigError([problem]) from error
         raise Unavailable("database", f"cannot connect: {type(error).__name__}") from error
@@ -98,8 +98,14 @@ async def migrate(database_url: str, *, reference_schema: bool = False) -> list[
         ) from error
     except asyncpg.InsufficientPrivilegeError as error:
         raise ConfigError([f"the role may not migrate: {error}; run `migrate` as the owner of the tables"]) from error
+    except (asyncpg.PostgresError, *LOST) as error:
+        state = getattr(error, "sqlstate", None)
+        raise Unavailable(
+            "database", f"{type(error).__name__} ({state}) in the middle; what was applied stands, run it again"
+        ) from error
     finally:
-        await connection.close()
+        with suppress(*LOST):
+            await connection.close(timeout=5)
 
 
 async def problems(connection: Connection, *, api: bool = False) -> list[str]:

@@ -191,3 +191,16 @@ async def test_the_wheel_works_alone_in_an_empty_environment(
     assert '"event": "caught up"' in out
     place = await call("empty/bin/python", "-c", "import consumer; print(consumer.__file__)")
     assert place.startswith(str(tmp_path))
+
+
+async def test_the_reference_schema_leaves_the_products_own_functions_alone(empty_database_url: str) -> None:
+    connection = await asyncpg.connect(empty_database_url)
+    await connection.execute(
+        "CREATE FUNCTION public.recalculate_campaign_stats(campaign uuid) RETURNS integer LANGUAGE sql AS 'SELECT 42'"
+    )
+    await migrations.migrate(empty_database_url, reference_schema=True)
+    assert await connection.fetchval("SELECT public.recalculate_campaign_stats(gen_random_uuid())") == 42
+    assert await connection.fetchval(
+        "SELECT to_regprocedure('public.update_prospect_with_stat(uuid, text)') IS NOT NULL"
+    )
+    await connection.close()

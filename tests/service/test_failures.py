@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -14,7 +16,7 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from consumer import broker, migrations
-from consumer.demo.servers import Postgres
+from consumer.demo.servers import Postgres, Server
 from schemas.topics import Topics
 from tests.conftest import Bus, StartService, command, eventually
 from tests.servers import ApacheKafka
@@ -319,12 +321,15 @@ async def test_wrong_addresses_and_an_empty_database_are_told_with_exit_code_2(
         ("postgresql://u@127.0.0.1:1/db?sslmode=verify-full", 'root.crt" does not exist'),
         ("postgresql://u@127.0.0.1:1/db?sslmode=verify-ca&sslrootcert=/etc/passwd", "TLS fails"),
         ("postgresql://u@127.0.0.1:1/db?ssl_min_protocol_version=7", "No such TLS version"),
+        ("postgresql://u:12#3@127.0.0.1/db", "is no URL"),
+        ("{url}&connect_timeout=5", '"connect_timeout"; the driver knows no such option'),
+        ("{url}&channel_binding=require", '"channel_binding"; the driver knows no such option'),
     ],
 )
 async def test_database_urls_that_can_never_work_end_with_a_sentence(
     environment: dict[str, str], tmp_path: Path, url: str, sentence: str
 ) -> None:
-    wrong = {**environment, "DATABASE_URL": url, "HOME": str(tmp_path)}
+    wrong = {**environment, "DATABASE_URL": url.format(url=environment["DATABASE_URL"]), "HOME": str(tmp_path)}
     for arguments in (["run"], ["migrate"], ["drift"]):
         code, out, error = await command(wrong, *arguments)
         assert code == 2
@@ -362,3 +367,142 @@ async def test_a_state_row_held_by_somebody_costs_only_its_campaign(
     await eventually(told, "recounted when it is free", running)
     assert await stats_of(db, held) == {"total": 120, "sent": 0, "replied": 120, "bounced": 0}
     assert await db.fetchval("SELECT max(failures) FROM campaign_stats.campaign_state") == 0
+
+
+@pytest.mark.apache_kafka
+async def test_many_dead_letters_too_large_for_their_topic_are_each_kept_once_and_stop_nobody(
+    service: StartService, bus: Bus, db: asyncpg.Connection
+) -> None:
+    topic, letters = bus.topics.prefix + "prospect.status-changed", bus.topics.prefix + "campaign-stats.dead-letters"
+    link = broker.Connection(bus.bootstrap, {})
+    await broker.delete_topics(link, [letters])
+
+    async def created() -> bool:  # deleting takes a moment
+        return bool(
+            await broker.create_topics(link, {letters: {"max.message.bytes": "3000"}}, partitions=1, replication=1)
+        )
+
+    await eventually(created, "a dead-letter topic for small records")
+    for size in [200, 5_000, 4_500] * 200:
+        await bus.publish(topic, b"x" * size, partition=0)
+    campaign_id = await add_campaign(db, REFERENCE)
+    await bus.publish(topic, hint(campaign_id), partition=0)
+    running = await service()
+    await eventually(lambda: _is_true(db, campaign_id), "the good one behind them is served", running)
+    kept = [dict(record.headers)["dead-letter-offset"] for record in await bus.read(letters)]
+    assert sorted(map(int, kept)) == list(range(600))
+    assert [len(record.value) for record in await bus.read(letters)].count(200) == 200
+
+
+async def test_a_server_that_refuses_what_the_url_asks_of_it_is_an_outage(
+    service: StartService, environment: dict[str, str], bus: Bus, servers_directory: Path
+) -> None:
+    server = Postgres(servers_directory / "standby", options={"fsync": "off"}, tcp=True)
+    try:
+        server.start()
+        await migrations.migrate(server.url(), reference_schema=True)
+        db = await connect(server.url())
+        campaign_id = await add_campaign(db, REFERENCE)
+        url = server.url()
+        environment["DATABASE_URL"] = f"{url}{'&' if '?' in url else '?'}target_session_attrs=read-write"
+        running = await service()
+        await db.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+        await db.execute("SELECT pg_reload_conf()")
+        await db.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'campaign-stats'"
+        )
+        await bus.publish(bus.topics.prefix + "prospect.status-changed", hint(campaign_id), key=str(campaign_id))
+
+        async def degraded() -> bool:
+            return "database" in (await running.get("/readyz"))[1]
+
+        await eventually(degraded, "an outage, as in a failover", running)
+        await db.execute("SET default_transaction_read_only = off")
+        await db.execute("ALTER SYSTEM RESET default_transaction_read_only")
+        await db.execute("SELECT pg_reload_conf()")
+        await eventually(lambda: _is_true(db, campaign_id), "recovered by itself", running)
+        await db.close()
+        running.terminate()
+        assert await running.wait() == 0
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("and_kafka", [False, pytest.param(True, marks=pytest.mark.apache_kafka)])
+async def test_silent_servers_do_not_keep_a_process_from_ending_in_time(
+    service: StartService, environment: dict[str, str], servers_directory: Path, and_kafka: bool
+) -> None:
+    database, kafka = Postgres(servers_directory / "silent", options={"fsync": "off"}, tcp=True), None
+    stopped: list[int] = []
+    try:
+        database.start()
+        await migrations.migrate(database.url(), reference_schema=True)
+        environment["DATABASE_URL"] = database.url()
+        if and_kafka:
+            kafka = ApacheKafka(servers_directory / "silent-kafka")
+            kafka.start()
+            names = Topics("silent.")
+            link = broker.Connection(kafka.bootstrap, {})
+            await broker.create_topics(link, {name: {} for name in names.all}, partitions=1, replication=1)
+            environment |= {"KAFKA_BOOTSTRAP_SERVERS": kafka.bootstrap, "CAMPAIGN_STATS_TOPIC_PREFIX": names.prefix}
+        running = await service(sweep_interval_s=0.2, shutdown_deadline_s=3)
+        for server in (database, kafka):
+            if server is not None:
+                stopped += [pid for pid in family(server) if _signal(pid, signal.SIGSTOP)]
+        silent = asyncio.get_running_loop().time()
+
+        async def noticed() -> bool:
+            return asyncio.get_running_loop().time() - silent > 3
+
+        await eventually(noticed, "every engine waits for them", running)
+        begun = asyncio.get_running_loop().time()
+        running.expected_exit = None
+        running.terminate()
+        assert await running.wait(20) in (0, 3)
+        assert asyncio.get_running_loop().time() - begun < 3 + 4
+    finally:
+        for pid in stopped:
+            _signal(pid, signal.SIGCONT)
+        database.stop()
+        if kafka is not None:
+            kafka.stop()
+
+
+def family(server: Server) -> list[int]:
+    """A server's process and its children: PostgreSQL has one for every session."""
+    found = [server.pid]
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == server.pid:
+                found.append(int(stat.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def _signal(pid: int, number: signal.Signals) -> bool:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def test_a_hint_with_an_enormous_id_does_not_make_a_pause_too_large_to_tell(
+    service: StartService, bus: Bus, db: asyncpg.Connection
+) -> None:
+    campaign_id = await add_campaign(db, {"sent": 95, "bounced": 10})
+    await service()
+    await bus.publish(
+        bus.topics.prefix + "prospect.status-changed", hint(campaign_id, id="x" * 600_000), key=str(campaign_id)
+    )
+    [pause] = await eventually(lambda: bus.events(bus.topics.prefix + "campaign.paused"), "the pause is told")
+    assert "causationid" not in pause
+    request = sync_request(campaign_id, id="y" * 400_000)
+    await bus.publish(bus.topics.prefix + "campaign.sync-requested", request, key=str(campaign_id))
+
+    async def answered() -> bool:
+        events = await bus.events(bus.topics.prefix + "campaign.stats-updated")
+        return [event for event in events if event.get("causationid") == request["id"]] != []
+
+    await eventually(answered, "a request is answered under its id, however long it is")

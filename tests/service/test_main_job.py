@@ -402,6 +402,14 @@ async def test_commands_sync_why_drift_reconcile_tail(
     assert json.loads(out)["campaign"]["stats"] == {"total": 169, "sent": 114, "replied": 0, "bounced": 5}
     code, out, _ = await command(environment, "sync", str(uuid4()), "--wait")
     assert (code, json.loads(out)["reason"]) == (1, "not_found")
+    for arguments in (
+        ["--wait=20", str(campaign_id)],
+        ["--wait", "20", str(campaign_id)],
+        ["--wait", str(campaign_id)],
+    ):
+        assert (await command(environment, "sync", *arguments))[0] == 0
+    for arguments in ([str(campaign_id), "20"], ["00000000-0000-0000-0000-000000000001"]):
+        assert (await command(environment, "sync", *arguments))[0] == 2
     assert (await command(environment, "drift"))[0] == 0
 
     code, out, _ = await command(environment, "why", str(campaign_id), "--json")
@@ -462,8 +470,9 @@ async def test_tail_follows_what_is_published(
         assert b"following" in await tail.stderr.readline()
         topic = bus.topics.prefix + "prospect.status-changed"
         await bus.publish(topic, hint(campaign_id), key=str(campaign_id))
-        await bus.publish(topic, b"oops", key=str(campaign_id))
-        lines = {(await tail.stdout.readline()).decode().rstrip() for _ in range(3)}
+        await bus.publish(topic, b"oops", key=str(campaign_id), headers=[("h", None)])
+        await bus.publish(bus.topics.prefix + "campaign.paused", {"type": "campaign.paused.v1", "data": {}})
+        lines = {(await tail.stdout.readline()).decode().rstrip() for _ in range(4)}
     tail.send_signal(signal.SIGINT)
     await tail.communicate()
     assert tail.returncode == 130
@@ -471,6 +480,7 @@ async def test_tail_follows_what_is_published(
     stats = '{"total":100,"sent":95,"replied":0,"bounced":5}'
     assert f"stats  {campaign_id}  paused  {stats}  status_changed" in lines
     assert any(line.startswith("dead letter  not_json: ") for line in lines)
+    assert f"{bus.topics.prefix}campaign.paused  (no event of this service)" in lines
 
 
 async def test_prospects_added_meanwhile_are_counted(service: StartService, bus: Bus, db: asyncpg.Connection) -> None:

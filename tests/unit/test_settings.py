@@ -262,6 +262,11 @@ def test_a_wrong_database_url_is_refused_without_being_shown(environment: pytest
     assert "s3cr3t" not in str(raised.value)
 
 
+@pytest.mark.parametrize(("window", "min_sent"), [("3000000000", "100"), ("0", "3000000000")])
+def test_limits_that_no_column_holds_are_refused(environment: pytest.MonkeyPatch, window: str, min_sent: str) -> None:
+    assert "2147483647" in problems(environment, GUARD_WINDOW=window, GUARD_MIN_SENT=min_sent)[0]
+
+
 @pytest.mark.parametrize("servers", ["h:abc", "h:65536", "a:9092,b:99999", "a:9092,,b:9092", ""])
 def test_wrong_broker_addresses_are_refused(environment: pytest.MonkeyPatch, servers: str) -> None:
     environment.setenv("KAFKA_BOOTSTRAP_SERVERS", servers)

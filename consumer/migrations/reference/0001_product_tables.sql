@@ -65,7 +65,9 @@ CREATE TABLE IF NOT EXISTS public.campaign_sender_accounts (
 
 -- The product's engine moves every prospect with this: status and counter in one transaction,
 -- the counter incremented under the campaign's row lock. `total` is counted as the sum of all rows.
-CREATE OR REPLACE FUNCTION public.update_prospect_with_stat(prospect uuid, new_status text) RETURNS void
+DO $do$ BEGIN
+IF to_regprocedure('public.update_prospect_with_stat(uuid, text)') IS NULL THEN
+CREATE FUNCTION public.update_prospect_with_stat(prospect uuid, new_status text) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     moved      public.campaign_prospects;
@@ -103,9 +105,13 @@ BEGIN
     END IF;
     UPDATE public.campaigns SET stats = stored, updated_at = clock_timestamp() WHERE id = moved.campaign_id;
 END $$;
+END IF;
+END $do$;
 
 -- The product's own recount of one campaign, in the product's own schema (ours lives in campaign_stats).
-CREATE OR REPLACE FUNCTION public.recalculate_campaign_stats(campaign uuid) RETURNS jsonb
+DO $do$ BEGIN
+IF to_regprocedure('public.recalculate_campaign_stats(uuid)') IS NULL THEN
+CREATE FUNCTION public.recalculate_campaign_stats(campaign uuid) RETURNS jsonb
 LANGUAGE plpgsql AS $$
 DECLARE
     counts jsonb;
@@ -126,3 +132,5 @@ BEGIN
     UPDATE public.campaigns SET stats = counts, last_synced_at = clock_timestamp() WHERE id = campaign;
     RETURN counts;
 END $$;
+END IF;
+END $do$;
