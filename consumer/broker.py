@@ -2,8 +2,10 @@
 
 import asyncio
 import ssl
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,11 +24,12 @@ from aiokafka.errors import (
     RecordTooLargeError,
     TopicAlreadyExistsError,
     UnsupportedCodecError,
+    for_code,
 )
 from aiokafka.partitioner import murmur2
 
 from consumer.envelope import Record
-from consumer.errors import ConfigError, OwnershipLost, Unavailable
+from consumer.errors import ConfigError, OwnershipLost, ServiceError, Unavailable
 from consumer.generation import Partition, Passed
 
 POLL_RECORDS: Final = 500  # 4 000 costs 1.6x the CPU per record (measured)
@@ -42,6 +45,11 @@ MAX_BATCH_BYTES: Final = 256 * 1024
 MAX_REQUEST_BYTES: Final = 16 * 1024 * 1024  # above any broker's usual limit: the broker decides what is too large
 BIG_ROW_BYTES: Final = 128 * 1024  # larger rows get a batch of their own, so that one of them cannot spoil many
 STEP_MS: Final = 100  # one fetch behind broken bytes
+COORDINATOR_RETRY_S: Final = 0.2  # a broker's first question about groups creates the topic they are kept in
+BROKEN_BYTES: Final = (
+    CorruptRecordException, RecordTooLargeError, UnsupportedCodecError,
+    ValueError, IndexError, TypeError, AssertionError, OverflowError, MemoryError,
+)  # fmt: skip
 REFUSED_FOR_EVER: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 CREATE_TOPICS: Final = "run `campaign-stats topics --create` or create it"
@@ -600,11 +608,7 @@ class Reader:
         try:
             async with asyncio.timeout(START_DEADLINE_S):
                 await self._consumer.start()
-                metadata = await self._consumer._client.fetch_all_metadata()
-                numbers = {topic: metadata.partitions_for_topic(topic) or () for topic in self._topics}
-                if missing := [topic for topic in self._topics if not numbers[topic]]:
-                    raise ConfigError([f"topic {topic} is missing: {CREATE_TOPICS}" for topic in missing])
-                partitions = [TopicPartition(topic, number) for topic in self._topics for number in numbers[topic]]
+                partitions = await _partitions_of(self._consumer, self._topics)
                 self._consumer.assign(partitions)
                 await self._consumer.seek_to_end()
                 for partition in partitions:
@@ -628,6 +632,220 @@ class Reader:
         except KafkaError as error:
             raise Unavailable("kafka", f"{type(error).__name__} while reading") from error
         return [record for records in found.values() for record in records]
+
+
+class Scan:
+    """One topic as it is now, from its beginning or a time on to the end it has; outside any group, for commands."""
+
+    def __init__(self, connection: Connection, topic: str, *, fetch_max_wait_ms: int) -> None:
+        self._topic = topic
+        self._consumer: Any = AIOKafkaConsumer(
+            **connection.arguments(),
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",  # retention may overtake us
+            isolation_level="read_committed",
+            fetch_max_wait_ms=fetch_max_wait_ms,
+            max_poll_records=POLL_RECORDS,
+        )
+        self._ends: dict[Any, int] = {}
+        self.total = 0
+        """Offsets to read, known once `records` has begun; about as many records."""
+        self.done = 0
+
+    async def __aenter__(self) -> "Scan":
+        """Note where every partition ends. Raises ConfigError for a missing topic, Unavailable."""
+        try:
+            with _said("starting to read"):
+                async with asyncio.timeout(START_DEADLINE_S):
+                    await self._consumer.start()
+                    partitions = await _partitions_of(self._consumer, [self._topic])
+                    self._ends = await self._consumer.end_offsets(partitions)
+        except (ServiceError, asyncio.CancelledError):
+            await _close(self._consumer, STOP_DEADLINE_S)
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop reading; never hangs."""
+        await _close(self._consumer, STOP_DEADLINE_S)
+
+    async def records(self, since: datetime | None = None) -> AsyncIterator[list[Record]]:
+        """Lists of records, in offset order within each partition; once.
+
+        Begins with the first record at or after `since` in each partition. Raises Unavailable when nothing comes for
+        ten seconds, ServiceError for bytes the client cannot read.
+        """
+        with _said("looking up where to begin"):
+            async with asyncio.timeout(CALL_DEADLINE_S):
+                at = await self._consumer.beginning_offsets(list(self._ends))
+                if since is not None:
+                    first = await _first_since(self._consumer, list(self._ends), since)
+                    at = {partition: first.get(partition, end) for partition, end in self._ends.items()}
+        left = {partition: self._ends[partition] for partition in at if at[partition] < self._ends[partition]}
+        self.total = sum(end - at[partition] for partition, end in left.items())
+        self._consumer.assign(list(left))
+        for partition in left:
+            self._consumer.seek(partition, at[partition])
+        while left:
+            found, positions = await self._next({partition: at[partition] for partition in left}, POLL_RECORDS)
+            for partition, position in positions.items():
+                self.done += min(position, left[partition]) - at[partition]
+                at[partition] = position
+                if position >= left[partition]:
+                    del left[partition]
+                    self._consumer.pause(partition)
+            yield [
+                record for partition, some in found.items() for record in some if record.offset < self._ends[partition]
+            ]
+
+    async def at(self, partition: int, offset: int) -> Record | None:
+        """The record at one place; None when there is none. Raises Unavailable and ServiceError as `records` does."""
+        wanted = TopicPartition(self._topic, partition)
+        if offset >= self._ends.get(wanted, 0):
+            return None
+        with _said("looking up where to begin"):
+            async with asyncio.timeout(CALL_DEADLINE_S):
+                if offset < (await self._consumer.beginning_offsets([wanted]))[wanted]:
+                    return None
+        self._consumer.assign([wanted])
+        self._consumer.seek(wanted, offset)
+        found, _ = await self._next({wanted: offset}, 1)
+        record: Record
+        for record in found.get(wanted, ()):
+            if record.offset == offset:
+                return record
+        return None
+
+    async def _next(self, before: Mapping[Any, int], limit: int) -> tuple[dict[Any, list[Any]], dict[Any, int]]:
+        """Records, and the new position of each partition that moved from where it was; at least one did."""
+        try:
+            with _said(f"reading {self._topic}"):
+                async with asyncio.timeout(CALL_DEADLINE_S):
+                    while True:
+                        found = await self._consumer.getmany(*before, timeout_ms=POLL_MS, max_records=limit)
+                        after = {partition: await self._consumer.position(partition) for partition in before}
+                        moved = {partition: at for partition, at in after.items() if at != before[partition]}
+                        if moved:
+                            return found, moved
+        except BROKEN_BYTES as error:
+            raise ServiceError(
+                f"{self._topic} holds bytes that the client cannot read ({type(error).__name__}), near"
+                f" {', '.join(f'{partition.partition}:{at}' for partition, at in sorted(before.items()))}:"
+                " begin behind them with --since"
+            ) from error
+
+
+class Group:
+    """The committed offsets of a consumer group, seen and moved from outside of it; for `replay`."""
+
+    def __init__(self, connection: Connection, group_id: str, topics: Sequence[str]) -> None:
+        self._group_id = group_id
+        self._topics = list(topics)
+        self._partitions: list[Any] = []
+        self._admin: Any = AIOKafkaAdminClient(**connection.arguments())
+        self._consumer: Any = AIOKafkaConsumer(
+            **connection.arguments(), group_id=group_id, enable_auto_commit=False, isolation_level="read_committed"
+        )
+
+    async def __aenter__(self) -> "Group":
+        """Connect; joins nothing. Raises ConfigError for missing topics, Unavailable."""
+        try:
+            with _said("connecting"):
+                async with asyncio.timeout(START_DEADLINE_S):
+                    await self._admin.start()
+                    await self._consumer.start()
+                    self._partitions = await _partitions_of(self._consumer, self._topics)
+                    self._consumer.assign(self._partitions)  # by hand: no membership, but the right to commit them
+        except (ServiceError, asyncio.CancelledError):
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Disconnect; never hangs."""
+        await asyncio.gather(_close(self._consumer, STOP_DEADLINE_S), _close(self._admin, STOP_DEADLINE_S))
+
+    @property
+    def partitions(self) -> list[Partition]:
+        """Every partition of the topics, in order."""
+        return [(partition.topic, partition.partition) for partition in self._partitions]
+
+    async def members(self) -> int:
+        """How many members the group has now; 0 for a group nobody ever joined. Raises Unavailable."""
+        with _said("asking for the group's members"):
+            async with asyncio.timeout(CALL_DEADLINE_S):
+                while True:
+                    try:
+                        [answer] = await self._admin.describe_consumer_groups([self._group_id])
+                        [[code, _, _, _, _, members, *_]] = answer.groups
+                        if code == 0:
+                            return len(members)
+                        raise for_code(code)
+                    except KafkaError as error:
+                        if not error.retriable:
+                            raise
+                        await asyncio.sleep(COORDINATOR_RETRY_S)
+
+    async def committed(self) -> dict[Partition, int]:
+        """The committed offset of each partition that has one. Raises Unavailable."""
+        found = {}
+        with _said("reading offsets"):
+            async with asyncio.timeout(CALL_DEADLINE_S):
+                for partition in self._partitions:
+                    offset = await self._consumer.committed(partition)
+                    if offset is not None:
+                        found[(partition.topic, partition.partition)] = offset
+        return found
+
+    async def first_since(self, moment: datetime) -> dict[Partition, int]:
+        """The offset of the first record at or after `moment`, of each partition that has one. Raises Unavailable."""
+        with _said("looking up offsets"):
+            async with asyncio.timeout(CALL_DEADLINE_S):
+                found = await _first_since(self._consumer, self._partitions, moment)
+        return {(partition.topic, partition.partition): offset for partition, offset in found.items()}
+
+    async def commit(self, offsets: Mapping[Partition, int]) -> None:
+        """Commit all of them in one request, which the broker refuses while the group has members (OwnershipLost).
+
+        Raises Unavailable; after a timeout nobody knows whether it was done.
+        """
+        try:
+            with _said("committing"):
+                async with asyncio.timeout(CALL_DEADLINE_S):
+                    await self._consumer.commit({TopicPartition(*one): offset for one, offset in offsets.items()})
+        except CommitFailedError as error:
+            raise OwnershipLost("the group has members") from error
+
+
+@contextmanager
+def _said(doing: str) -> Iterator[None]:
+    """Raise Unavailable for what the client raises while `doing` this; BROKEN_BYTES and refused commits go through."""
+    try:
+        yield
+    except (CorruptRecordException, RecordTooLargeError, UnsupportedCodecError, CommitFailedError):
+        raise
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise Unavailable("kafka", f"{type(error).__name__} while {doing}") from error
+
+
+async def _partitions_of(consumer: Any, topics: Sequence[str]) -> list[Any]:
+    """Every partition of the topics, in order. Raises ConfigError when one is missing."""
+    metadata = await consumer._client.fetch_all_metadata()
+    numbers = {topic: metadata.partitions_for_topic(topic) or () for topic in topics}
+    if missing := [topic for topic in topics if not numbers[topic]]:
+        raise ConfigError([f"topic {topic} is missing: {CREATE_TOPICS}" for topic in missing])
+    return [TopicPartition(topic, number) for topic in topics for number in sorted(numbers[topic])]
+
+
+async def _first_since(consumer: Any, partitions: Sequence[Any], moment: datetime) -> dict[Any, int]:
+    """The first offset at or after `moment`, of each of the partitions that has such a record."""
+    milliseconds = max(0, int(moment.timestamp() * 1000))  # floored: never behind the record that is meant
+    found = await consumer.offsets_for_times(dict.fromkeys(partitions, milliseconds)) if partitions else {}
+    return {
+        partition: first.offset
+        for partition, first in found.items()
+        if first is not None and first.timestamp >= 0  # the embedded broker says -1 for none
+    }
 
 
 def _seen(future: Any) -> None:

@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import orjson
 import typer
 
-from consumer import broker, logs, migrations, questions
+from consumer import broker, dead_letter_commands, logs, migrations, questions, repairs
 from consumer.broker import Outgoing, Publisher, Reader
 from consumer.console import (
     CampaignId,
@@ -25,6 +25,7 @@ from consumer.console import (
     settings_without,
     with_database,
 )
+from consumer.database import Connection
 from consumer.envelope import (
     CONTENT_TYPE,
     DeadLetter,
@@ -36,6 +37,7 @@ from consumer.envelope import (
     encode,
 )
 from consumer.errors import ConfigError, ServiceError
+from consumer.progress import progress
 from consumer.settings import read_settings
 from schemas import events
 from schemas.topics import Topics
@@ -48,6 +50,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(dead_letter_commands.dead_letters)
+app.add_typer(repairs.deferred)
+app.add_typer(repairs.outbox)
+app.command(epilog=repairs.REPLAY_EXAMPLE)(repairs.replay)
 
 
 def main() -> None:
@@ -253,7 +259,12 @@ def reconcile(
     settings = settings_without("kafka_bootstrap_servers")
     delay_s = 0.0 if now else settings.drift_grace_s
     chosen = None if everything else campaign_ids
-    count = run_async(with_database(settings, lambda db: questions.reconcile(db, chosen, delay_s)))
+
+    async def work(db: Connection) -> int:
+        with progress("deferring campaigns") as done:
+            return await questions.reconcile(db, chosen, delay_s, done)
+
+    count = run_async(with_database(settings, work))
     print(count)
     if chosen is not None and count < len(set(chosen)):
         print(f"campaign-stats: {len(set(chosen)) - count} of these ids are no campaign's", file=sys.stderr)

@@ -1,14 +1,17 @@
 """What operators ask and order by command: why, drift, reconcile."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from consumer.database import Connection, override, statement
 from consumer.envelope import format_time
 from consumer.guard import Limits, Mode, Resolved, Verdict, Window, bounces_left, judge, rate_bp, resolve
+
+RECONCILE_AT_ONCE: Final = 1_000
+MAX_UUID: Final = 2**128 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +134,33 @@ async def drift(connection: Connection) -> list[dict[str, Any]]:
     ]
 
 
-async def reconcile(connection: Connection, campaign_ids: Sequence[UUID] | None, delay_s: float) -> int:
-    """Defer campaigns (None: all) and count them as never published; returns how many there are."""
-    count: int = await connection.fetchval(statement("reconcile"), campaign_ids, delay_s)
+async def reconcile(
+    connection: Connection, campaign_ids: Sequence[UUID] | None, delay_s: float, done: Callable[[int, int | None], None]
+) -> int:
+    """Defer campaigns (None: all) and count them as never published; returns how many there are.
+
+    Page by page in id order, each its own transaction: recounts wait for the state rows it holds. Stopped in between it
+    leaves whole pages; a campaign deferred twice is recounted once. `done` hears how many, of how many.
+    """
+    count = 0
+    if campaign_ids is not None:
+        wanted = sorted(set(campaign_ids))
+        for begin in range(0, len(wanted), RECONCILE_AT_ONCE):
+            page = wanted[begin : begin + RECONCILE_AT_ONCE]
+            count += await connection.fetchval(statement("reconcile"), page, delay_s)
+            done(begin + len(page), len(wanted))
+        return count
+    total = await connection.fetchval("SELECT count(*) FROM public.campaigns")
+    first = 0
+    while first <= MAX_UUID:
+        page = [
+            row["id"] for row in await connection.fetch(statement("reconcile_page"), UUID(int=first), RECONCILE_AT_ONCE)
+        ]
+        if not page:
+            break
+        count += await connection.fetchval(statement("reconcile"), page, delay_s)
+        done(count, total)
+        first = page[-1].int + 1  # PostgreSQL orders them as numbers too; the nil id is one as well
     return count
 
 

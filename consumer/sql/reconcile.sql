@@ -1,6 +1,7 @@
--- Defer the campaigns $1 uuid[] (null = all) for $2 float8 seconds and count them as never published; one row: how many.
+-- Defer the campaigns $1 uuid[] (those that exist) for $2 float8 seconds and count them as never published; one row: how
+-- many. Locks their state rows, in id order: few at a time, because recounts wait for them.
 WITH chosen AS (
-    SELECT id FROM public.campaigns WHERE $1::uuid[] IS NULL OR id = ANY ($1::uuid[])
+    SELECT id FROM public.campaigns WHERE id = ANY ($1::uuid[])
 ), forgotten AS (
     UPDATE campaign_stats.campaign_state s SET published_counts = NULL, published_status = NULL
       FROM (SELECT s.campaign_id FROM campaign_stats.campaign_state s JOIN chosen ON chosen.id = s.campaign_id
