@@ -12,6 +12,7 @@ from typing import Any, Final
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import (
     CommitFailedError,
@@ -588,6 +589,74 @@ async def delete_topics(connection: Connection, topics: Sequence[str]) -> None:
         raise Unavailable("kafka", f"{type(error).__name__} while deleting topics") from error
     finally:
         await _close(admin, STOP_DEADLINE_S)
+
+
+@dataclass(frozen=True, slots=True)
+class TopicShape:
+    """How a topic is laid out: partition -> brokers that hold it; `cleanup_policy` is None when it may not be read."""
+
+    replicas: Mapping[int, tuple[int, ...]]
+    cleanup_policy: str | None
+
+    @property
+    def partitions(self) -> int:
+        """How many."""
+        return len(self.replicas)
+
+    @property
+    def replication(self) -> int:
+        """Replicas of the partition that has the fewest."""
+        return min(map(len, self.replicas.values()), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The brokers' ids, and those of the topics asked for that exist and may be seen."""
+
+    brokers: tuple[int, ...]
+    topics: Mapping[str, TopicShape]
+
+
+async def describe_topics(connection: Connection, topics: Sequence[str]) -> Cluster:
+    """How `topics` are laid out; makes none, whatever the brokers' settings. Raises Unavailable."""
+    admin = AIOKafkaAdminClient(**connection.arguments())
+    try:
+        async with asyncio.timeout(CALL_DEADLINE_S):
+            await admin.start()
+            brokers = tuple(sorted(broker["node_id"] for broker in (await admin.describe_cluster())["brokers"]))
+            # All there are: asking for a missing topic by name may create it.
+            found = {topic["topic"]: topic for topic in await admin.describe_topics() if topic["topic"] in topics}
+            policies = await _cleanup_policies(admin, list(found))
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise Unavailable("kafka", f"{type(error).__name__} while reading metadata") from error
+    finally:
+        await _close(admin, STOP_DEADLINE_S)
+    return Cluster(
+        brokers,
+        {
+            name: TopicShape(
+                {part["partition"]: tuple(part["replicas"]) for part in topic["partitions"]}, policies.get(name)
+            )
+            for name, topic in found.items()
+        },
+    )
+
+
+async def _cleanup_policies(admin: Any, topics: Sequence[str]) -> dict[str, str]:
+    """`cleanup.policy` of those topics where the brokers tell it: it takes the right DescribeConfigs."""
+    wanted = [ConfigResource(ConfigResourceType.TOPIC, topic, {"cleanup.policy": None}) for topic in topics]
+    try:
+        responses = await admin.describe_configs(wanted) if wanted else []
+    except KafkaError:
+        return {}
+    return {
+        name: entry[1]
+        for response in responses
+        for code, _, _, name, entries in response.resources
+        if code == 0
+        for entry in entries
+        if entry[0] == "cleanup.policy"
+    }
 
 
 class Reader:

@@ -373,6 +373,20 @@ class GivenRecord:
     timestamp: int = 0
 
 
+@app.command(epilog="Example: campaign-stats doctor --json")
+def doctor(as_json: JsonFlag = False) -> None:
+    """Check settings, database and topics: what is wrong, what follows, what mends it. Exit 2 if anything must be."""
+    from consumer.doctor import examine
+
+    logs.configure(sys.stderr, "CRITICAL")  # what the clients would log is said in the findings
+    report = run_async(examine())
+    if as_json:
+        print_json(report.document())
+    else:
+        report.show()
+    sys.exit(0 if report.ok else 2)
+
+
 @app.command(epilog="Example: campaign-stats demo --seconds 20")
 def demo(
     kafka: Annotated[

@@ -116,7 +116,7 @@ async def problems(connection: Connection, *, api: bool = False) -> list[str]:
     found = await missing_columns(connection)
     try:
         if not found:
-            found = await missing_rights(connection, (*RUN_RIGHTS, *API_RIGHTS) if api else RUN_RIGHTS)
+            found = await missing_rights(connection, api=api)
         missing = await pending(connection) if not found else []
     except ConfigError as error:
         return [*found, *error.problems]
@@ -127,6 +127,16 @@ async def problems(connection: Connection, *, api: bool = False) -> list[str]:
 
 async def missing_columns(connection: Connection) -> list[str]:
     """One sentence per product table or column that is not there, each with what to do."""
+    return [
+        f"table public.{table} is missing: create it, or use `migrate --reference-schema` for a trial"
+        if absent is None
+        else f"table public.{table} lacks {', '.join(absent)}: add the column(s) to the product's schema"
+        for table, absent in (await absent_columns(connection)).items()
+    ]
+
+
+async def absent_columns(connection: Connection) -> dict[str, tuple[str, ...] | None]:
+    """The product's tables that lack something: the absent columns, None when the table itself is not there."""
     rows = await connection.fetch(
         """SELECT c.relname AS name, array_agg(a.attname) AS columns
              FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
@@ -134,54 +144,88 @@ async def missing_columns(connection: Connection) -> list[str]:
         list(PRODUCT_COLUMNS),
     )
     present = {row["name"]: set(row["columns"]) for row in rows}
-    problems = []
+    found: dict[str, tuple[str, ...] | None] = {}
     for table, columns in PRODUCT_COLUMNS.items():
         if table not in present:
-            problems.append(
-                f"table public.{table} is missing: create it, or use `migrate --reference-schema` for a trial"
-            )
-        elif absent := [column for column in columns if column not in present[table]]:
-            problems.append(
-                f"table public.{table} lacks {', '.join(absent)}: add the column(s) to the product's schema"
-            )
-    return problems
+            found[table] = None
+        elif absent := tuple(column for column in columns if column not in present[table]):
+            found[table] = absent
+    return found
 
 
-async def missing_rights(connection: Connection, rights: Sequence[tuple[str, str, tuple[str, ...]]]) -> list[str]:
-    """One sentence per right of `rights` and on our own tables that the role lacks, each with what grants it."""
-    problems = []
-    if await connection.fetchval("SELECT to_regnamespace('campaign_stats') IS NOT NULL") and not (
-        await connection.fetchval("SELECT has_schema_privilege('campaign_stats', 'USAGE')")
-    ):
-        return ["the role may not use schema campaign_stats: GRANT USAGE ON SCHEMA campaign_stats TO it"]
+async def missing_rights(connection: Connection, *, api: bool = False) -> list[str]:
+    """One sentence per right the connected role lacks for `run`, each with the statement that grants it."""
+    lacking = [
+        *await lacking_rights(connection, (*RUN_RIGHTS, *API_RIGHTS) if api else RUN_RIGHTS),
+        *await lacking_own_rights(connection),
+        *await hidden_rows(connection, ("campaigns", "campaign_prospects")),
+    ]
+    return [f"{problem}: {statement}" for problem, statement in lacking]
+
+
+async def lacking_rights(
+    connection: Connection, rights: Sequence[tuple[str, str, Sequence[str]]]
+) -> list[tuple[str, str]]:
+    """What the connected role may not do of `rights` (table, right, columns), and the statement that grants it.
+
+    Tables and columns that do not exist are left out.
+    """
+    found = []
     for table, right, columns in rights:
-        lacking = await connection.fetch(
-            "SELECT c FROM unnest($2::text[]) AS c WHERE NOT has_column_privilege($1, c, $3)", table, columns, right
+        row = await connection.fetchrow(
+            """SELECT string_agg(wanted.name, ', ' ORDER BY wanted.place) AS names, quote_ident(current_user) AS role
+                 FROM unnest($2::text[]) WITH ORDINALITY AS wanted (name, place)
+                 JOIN pg_attribute a ON a.attname = wanted.name AND a.attnum > 0 AND NOT a.attisdropped
+                 JOIN pg_class c ON c.oid = a.attrelid
+                WHERE c.relnamespace::regnamespace::text || '.' || c.relname = $1
+                  AND NOT has_column_privilege(c.oid, a.attnum, $3)""",
+            table,
+            columns,
+            right,
         )
-        if lacking:
-            names = ", ".join(row["c"] for row in lacking)
-            problems.append(f"the role may not {right} {names} of {table}: GRANT {right} ({names}) ON {table} TO it")
-    own = await connection.fetch(
-        """SELECT c.oid::regclass::text AS name, r AS right
+        if row is not None and row["names"]:
+            what = f"the role may not {right} {row['names']} of {table}"
+            found.append((what, f"GRANT {right} ({row['names']}) ON {table} TO {row['role']}"))
+    return found
+
+
+async def lacking_own_rights(connection: Connection) -> list[tuple[str, str]]:
+    """The same for using both schemas, and for our own tables and functions (any table but `migrations`: all)."""
+    rows = await connection.fetch(
+        """SELECT format('the role may not use schema %I', n.nspname) AS problem,
+                  format('GRANT USAGE ON SCHEMA %I TO %I', n.nspname, current_user) AS statement
+             FROM pg_namespace n
+            WHERE n.nspname IN ('public', 'campaign_stats') AND NOT has_schema_privilege(n.oid, 'USAGE')
+           UNION ALL
+           SELECT format('the role may not %s %s', r, c.oid::regclass),
+                  format('GRANT %s ON %s TO %I', r, c.oid::regclass, current_user)
              FROM pg_class c CROSS JOIN unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS r
             WHERE c.relnamespace = to_regnamespace('campaign_stats') AND c.relkind = 'r'
               AND NOT has_table_privilege(c.oid, r) AND NOT (c.relname = 'migrations' AND r <> 'SELECT')
-            ORDER BY 1, 2"""
+           UNION ALL
+           SELECT format('the role may not EXECUTE %s', p.oid::regprocedure),
+                  format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::regprocedure, current_user)
+             FROM pg_proc p
+            WHERE p.pronamespace = to_regnamespace('campaign_stats') AND NOT has_function_privilege(p.oid, 'EXECUTE')
+              AND p.prorettype <> 'trigger'::regtype  -- asked for only when the trigger is made
+           ORDER BY 2"""
     )
-    problems += [
-        f"the role may not {row['right']} {row['name']}: GRANT {row['right']} ON {row['name']} TO it" for row in own
-    ]
-    hidden = await connection.fetch(
-        """SELECT c.oid::regclass::text AS name FROM pg_class c, pg_roles r
-            WHERE c.relnamespace = 'public'::regnamespace AND c.relname IN ('campaigns', 'campaign_prospects')
+    return [(row["problem"], row["statement"]) for row in rows]
+
+
+async def hidden_rows(connection: Connection, tables: Sequence[str]) -> list[tuple[str, str]]:
+    """Which of the product's `tables` row security hides from the connected role, and the statement that shows them."""
+    rows = await connection.fetch(
+        """SELECT format('row security hides rows of %s from the role', c.oid::regclass) AS problem,
+                  format('ALTER ROLE %I BYPASSRLS', current_user) AS statement
+             FROM pg_class c, pg_roles r
+            WHERE c.relnamespace = 'public'::regnamespace AND c.relname = ANY ($1)
               AND r.rolname = current_user AND c.relrowsecurity AND NOT r.rolbypassrls AND NOT r.rolsuper
-              AND (c.relforcerowsecurity OR NOT pg_has_role(c.relowner, 'USAGE'))"""
+              AND (c.relforcerowsecurity OR NOT pg_has_role(c.relowner, 'USAGE'))
+            ORDER BY 1""",
+        tables,
     )
-    problems += [
-        f"row security hides rows of {row['name']} from the role: ALTER ROLE it BYPASSRLS (or switch it off there)"
-        for row in hidden
-    ]
-    return problems
+    return [(row["problem"], row["statement"]) for row in rows]
 
 
 async def pending(connection: Connection) -> list[str]:

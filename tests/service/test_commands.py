@@ -15,7 +15,9 @@ from tests.conftest import Bus, StartService, command, eventually
 from tests.servers import REPOSITORY
 from tests.world import REFERENCE, add_campaign, expected_stats, hint, stats_of, sync_request
 
-COMMANDS = ["run", "migrate", "topics", "sync", "why", "drift", "reconcile", "tail", "check-event", "demo"]
+COMMANDS = ["run", "migrate", "topics", "sync", "why", "drift", "reconcile", "tail", "check-event", "doctor", "demo",
+            "dead-letters list", "dead-letters show", "dead-letters redrive", "deferred list", "deferred retry",
+            "outbox list", "outbox requeue", "replay"]  # fmt: skip
 BARE = {"PATH": "/usr/bin:/bin", "TERM": "dumb", "COLUMNS": "200"}
 
 
