@@ -77,7 +77,7 @@ async def role(db: asyncpg.Connection) -> AsyncIterator[str]:
             GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA campaign_stats TO {name};
             REVOKE INSERT, UPDATE, DELETE ON campaign_stats.migrations FROM {name}"""
     )
-    for table, right, columns in (*migrations.RUN_RIGHTS, *doctor.DOOR_RIGHTS):
+    for table, right, columns in (*migrations.RUN_RIGHTS, *migrations.API_RIGHTS):
         await db.execute(f"GRANT {right} ({', '.join(columns)}) ON {table} TO {name}")
     yield name
     await db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
@@ -391,7 +391,7 @@ async def test_every_single_right_that_is_revoked_is_named_with_the_grant_that_g
 ) -> None:
     rights = [
         (level, f"{right} ({column}) ON {table}")
-        for level, needed in (("error", migrations.RUN_RIGHTS), ("warning", doctor.DOOR_RIGHTS))
+        for level, needed in (("error", migrations.RUN_RIGHTS), ("warning", migrations.API_RIGHTS))
         for table, right, columns in needed
         for column in columns
     ]
@@ -447,6 +447,8 @@ async def test_all_rights_that_are_missing_are_told_at_once_and_run_agrees(
     last = f"GRANT SELECT (email_address) ON public.accounts TO {role}"
     assert [line["mend"] for line in found] == [f"{grant};" for grant in (*grants, last)]
     assert [line["level"] for line in found] == ["error", "error", "error", "warning"]
+    open_door = {**environment, "CAMPAIGN_STATS_API_TOKENS": json.dumps({"a" * 64: "*"})}
+    assert {line["level"] for line in (await examined(open_door))[1]} == {"error"}
     code, _, error = await command(environment, "run")
     assert code == 2
     assert [line.rpartition(": ")[2] for line in error.splitlines()] == grants
