@@ -108,7 +108,12 @@ def migrate(
 ) -> None:
     """Apply the service's migrations to DATABASE_URL. Safe to run twice, at once, or again after a crash."""
     settings = settings_without("kafka_bootstrap_servers")
-    applied = run_async(migrations.migrate(settings.database_url.get_secret_value(), reference_schema=reference_schema))
+
+    async def work() -> list[str]:
+        with progress("applying migrations"):  # an index on a large table takes minutes
+            return await migrations.migrate(settings.database_url.get_secret_value(), reference_schema=reference_schema)
+
+    applied = run_async(work())
     for name in applied:
         print(f"applied {name}")
     if not applied:
@@ -227,7 +232,12 @@ def why(campaign_id: CampaignId, as_json: JsonFlag = False) -> None:
 def drift(as_json: JsonFlag = False) -> None:
     """Campaigns whose stored stats differ from the truth now. Changes nothing; exit 1 if there are any."""
     settings = settings_without("kafka_bootstrap_servers")
-    found = run_async(with_database(settings, questions.drift))
+
+    async def work(db: Connection) -> list[dict[str, Any]]:
+        with progress("comparing campaigns") as done:
+            return await questions.drift(db, done)
+
+    found = run_async(with_database(settings, work))
     if as_json:
         print_json(found)
     elif found:

@@ -10,6 +10,7 @@ from consumer.database import Connection, override, statement
 from consumer.envelope import format_time
 from consumer.guard import Limits, Mode, Resolved, Verdict, Window, bounces_left, judge, rate_bp, resolve
 
+DRIFT_AT_ONCE: Final = 200  # campaigns; a page of large ones must stay below statement_timeout
 RECONCILE_AT_ONCE: Final = 1_000
 MAX_UUID: Final = 2**128 - 1
 
@@ -117,21 +118,32 @@ async def why(connection: Connection, campaign_id: UUID, default: Limits) -> Exp
     )
 
 
-async def drift(connection: Connection) -> list[dict[str, Any]]:
-    """Campaigns whose stored stats differ from the truth, in id order; `drift` is truth minus stored."""
-    return [
-        {
-            "id": str(row["id"]),
-            "name": row["name"],
-            "type": row["type"],
-            "status": row["status"],
-            "last_synced_at": row["last_synced_at"] and format_time(row["last_synced_at"]),
-            "stored": row["stored"],
-            "truth": row["truth"],
-            "drift": row["drift"],
-        }
-        for row in await connection.fetch(statement("drift"))
-    ]
+async def drift(connection: Connection, done: Callable[[int, int | None], None]) -> list[dict[str, Any]]:
+    """Campaigns whose stored stats differ from the truth, in id order; `drift` is truth minus stored.
+
+    Page by page, so that no statement takes long. `done` hears how many were compared, of how many.
+    """
+    total = await connection.fetchval("SELECT count(*) FROM public.campaigns")
+    found, compared = list[dict[str, Any]](), 0
+    after: UUID | None = None
+    while page := await connection.fetch(statement("drift_page"), after, DRIFT_AT_ONCE):
+        compared, after = compared + len(page), page[-1]["id"]
+        done(compared, total)
+        found += [
+            {
+                "id": str(row["id"]),
+                "name": row["name"],
+                "type": row["type"],
+                "status": row["status"],
+                "last_synced_at": row["last_synced_at"] and format_time(row["last_synced_at"]),
+                "stored": row["stored"],
+                "truth": row["truth"],
+                "drift": row["drift"],
+            }
+            for row in page
+            if row["drift"]
+        ]
+    return found
 
 
 async def reconcile(
