@@ -3,7 +3,7 @@
 import asyncio
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,20 +11,26 @@ from typing import Any, Final
 
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.abc import AbstractTokenProvider
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.conn import collect_hosts, create_conn
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import (
     CommitFailedError,
     CorruptRecordException,
+    IllegalSaslStateError,
     IllegalStateError,
+    KafkaConnectionError,
     KafkaError,
     MessageSizeTooLargeError,
     RebalanceInProgressError,
     RecordListTooLargeError,
     RecordTooLargeError,
+    SaslAuthenticationFailed,
     TopicAlreadyExistsError,
     UnsupportedCodecError,
+    UnsupportedSaslMechanismError,
     for_code,
 )
 from aiokafka.partitioner import murmur2
@@ -40,6 +46,7 @@ SEND_DEADLINE_S: Final = 10.0  # with PRODUCER_DEADLINE_S below idle_in_transact
 PRODUCER_DEADLINE_S: Final = 8.0  # inside a transaction
 START_DEADLINE_S: Final = 30.0
 STOP_DEADLINE_S: Final = 2.0
+KNOCK_DEADLINE_S: Final = 10.0  # to ask a broker why it does not take us
 TOPIC_DEADLINE_S: Final = 1.0  # a missing topic must not hold up the others
 LOOK_UP_DEADLINE_S: Final = 3.0  # of gauges: how soon a silent broker is noticed
 MAX_BATCH_BYTES: Final = 256 * 1024
@@ -111,12 +118,87 @@ Revoked = Callable[[], Awaitable[None]]
 Assigned = Callable[[Sequence[Partition]], None]
 
 
-def tls_context(cafile: Path | None, certfile: Path | None, keyfile: Path | None) -> ssl.SSLContext:
-    """A client context that checks host names; raises OSError or ssl.SSLError for files that cannot be used."""
-    context = ssl.create_default_context(cafile=cafile)
-    if certfile is not None:
-        context.load_cert_chain(certfile, keyfile)
-    return context
+def tls_context(cafile: Path | None) -> ssl.SSLContext:
+    """A client context that checks certificates and host names, against the system's authorities without `cafile`.
+
+    Raises OSError or ValueError for a file that cannot be used.
+    """
+    return ssl.create_default_context(cafile=cafile)
+
+
+def present(context: ssl.SSLContext, certfile: Path, keyfile: Path) -> None:
+    """Present this certificate to brokers that ask. Raises OSError or ValueError for files that cannot be used."""
+    context.load_cert_chain(certfile, keyfile, password="")  # without one, OpenSSL asks for it on the terminal
+
+
+class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]  # aiokafka has no types
+    """Gives aiokafka the tokens of OAUTHBEARER; failing to get one is for it a connection that failed."""
+
+    def __init__(self, token: Callable[[], Awaitable[str]]) -> None:
+        self._token = token
+
+    async def token(self) -> str:
+        """Called for every new connection."""
+        try:
+            return await self._token()
+        except ServiceError as error:
+            raise KafkaConnectionError(str(error)) from error
+
+
+async def refusals(connection: Connection) -> list[str]:
+    """What a person must put right, a sentence each, where brokers answer that TLS or login is wrong; none when one
+    of them takes us or none answers. aiokafka itself says only that no broker could be had, so each is asked here.
+    """
+    addresses = [(host, port) for host, port, _ in collect_hosts(connection.bootstrap_servers, randomize=False)]
+    errors = await asyncio.gather(*(_knock(connection, host, port) for host, port in addresses))
+    if None in errors:
+        return []
+    found = [_refusal(f"{host}:{port}", error) for (host, port), error in zip(addresses, errors, strict=True)]
+    return list(dict.fromkeys(problem for problems in found for problem in problems))
+
+
+async def _knock(connection: Connection, host: str, port: int) -> BaseException | None:
+    """Connect and log in; the error, or None when the broker took us."""
+    try:
+        async with asyncio.timeout(KNOCK_DEADLINE_S):
+            visit = await create_conn(host, port, client_id=connection.client_id, **connection.security)
+    except (KafkaError, OSError, TimeoutError) as error:
+        return error
+    await asyncio.wait([visit.close()], timeout=STOP_DEADLINE_S)
+    return None
+
+
+def _refusal(address: str, error: BaseException | None) -> Sequence[str]:
+    """Sentences, if this error of connecting is an answer; none for one that may pass."""
+    while error is not None:
+        if isinstance(error, ConfigError):
+            return error.problems
+        if isinstance(error, ssl.SSLCertVerificationError):
+            why = f"the certificate of {address} is not accepted ({error.verify_message.rstrip('.')})"
+            return [f"Kafka: {why}; check CAMPAIGN_STATS_KAFKA_SSL_CAFILE and the names in KAFKA_BOOTSTRAP_SERVERS"]
+        if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
+            why = f"{address} refuses our side of TLS ({error.reason})"
+            return [f"Kafka: {why}; check CAMPAIGN_STATS_KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE"]
+        if isinstance(error, SaslAuthenticationFailed):
+            return [
+                f"Kafka: {address} refuses the login; check CAMPAIGN_STATS_KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD"
+            ]
+        if isinstance(error, (UnsupportedSaslMechanismError, IllegalSaslStateError)):
+            why = f"{address} does not offer this kind of login"
+            return [f"Kafka: {why}; check CAMPAIGN_STATS_KAFKA_SASL_MECHANISM and KAFKA_SECURITY_PROTOCOL"]
+        error = error.__cause__
+    return ()
+
+
+@asynccontextmanager
+async def _refused_is_an_error(connection: Connection) -> AsyncIterator[None]:
+    """At start: Unavailable becomes ConfigError when the brokers are there but refuse us."""
+    try:
+        yield
+    except Unavailable as error:
+        if problems := await refusals(connection):
+            raise ConfigError(problems) from error
+        raise
 
 
 class Source:
@@ -434,8 +516,11 @@ class Publisher:
         return results
 
     async def check(self, topics: Sequence[str]) -> list[str]:
-        """Those of `topics` that do not exist. Raises Unavailable when the brokers cannot be reached."""
-        producer = await self._ready()
+        """Those of `topics` that do not exist. Only at start: raises ConfigError when the brokers refuse us,
+        Unavailable when they cannot be reached.
+        """
+        async with _refused_is_an_error(self._connection):
+            producer = await self._ready()
         try:
             async with asyncio.timeout(CALL_DEADLINE_S):
                 metadata = await producer.client.fetch_all_metadata()
@@ -554,20 +639,24 @@ class Publisher:
 async def create_topics(
     connection: Connection, topics: Mapping[str, Mapping[str, str]], *, partitions: int, replication: int
 ) -> list[str]:
-    """Create those of `topics` (name -> topic settings) that are missing; returns their names. Raises Unavailable."""
+    """Create those of `topics` (name -> topic settings) that are missing; returns their names.
+
+    Raises ConfigError when the brokers refuse us or a topic, Unavailable when they cannot be reached.
+    """
     admin = AIOKafkaAdminClient(**connection.arguments())
-    try:
-        async with asyncio.timeout(START_DEADLINE_S):
-            await admin.start()
-            existing = set(await admin.list_topics())
-            missing = [topic for topic in topics if topic not in existing]
-            response = await admin.create_topics(
-                [NewTopic(topic, partitions, replication, topic_configs=dict(topics[topic])) for topic in missing]
-            )
-    except (KafkaError, OSError, TimeoutError) as error:
-        raise Unavailable("kafka", f"{type(error).__name__} while creating topics") from error
-    finally:
-        await _close(admin, STOP_DEADLINE_S)
+    async with _refused_is_an_error(connection):
+        try:
+            async with asyncio.timeout(START_DEADLINE_S):
+                await admin.start()
+                existing = set(await admin.list_topics())
+                missing = [topic for topic in topics if topic not in existing]
+                response = await admin.create_topics(
+                    [NewTopic(topic, partitions, replication, topic_configs=dict(topics[topic])) for topic in missing]
+                )
+        except (KafkaError, OSError, TimeoutError) as error:
+            raise Unavailable("kafka", f"{type(error).__name__} while creating topics") from error
+        finally:
+            await _close(admin, STOP_DEADLINE_S)
     problems = [
         f"topic {topic}: {message or f'error {code}'}"
         for topic, code, message in getattr(response, "topic_errors", [])
@@ -663,6 +752,7 @@ class Reader:
     """Reads topics outside any group, from now on; for commands (`tail`, `sync --wait`)."""
 
     def __init__(self, connection: Connection, topics: Sequence[str], *, fetch_max_wait_ms: int) -> None:
+        self._connection = connection
         self._topics = list(topics)
         self._consumer: Any = AIOKafkaConsumer(
             **connection.arguments(),
@@ -673,7 +763,15 @@ class Reader:
         )
 
     async def __aenter__(self) -> "Reader":
-        """Stand at the end of every partition. Raises Unavailable."""
+        """Stand at the end of every partition.
+
+        Raises ConfigError when a topic is missing or the brokers refuse us, Unavailable when they cannot be reached.
+        """
+        async with _refused_is_an_error(self._connection):
+            await self._start()
+        return self
+
+    async def _start(self) -> None:
         try:
             async with asyncio.timeout(START_DEADLINE_S):
                 await self._consumer.start()
@@ -688,7 +786,6 @@ class Reader:
         except (KafkaError, OSError, TimeoutError) as error:
             await _close(self._consumer, STOP_DEADLINE_S)
             raise Unavailable("kafka", f"{type(error).__name__} while starting to read") from error
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         """Stop reading; never hangs."""

@@ -147,6 +147,8 @@ def refusal(error: BaseException | None) -> str | None:
             f"DATABASE_URL: TLS fails ({error.reason or type(error).__name__}); check sslmode, sslrootcert, sslcert and"
             " sslkey against what the server has"
         )
+    if isinstance(error, ConnectionError) and "rejected SSL upgrade" in str(error):  # asyncpg has no class for it
+        return "DATABASE_URL: the server has no TLS, but sslmode asks for it; turn TLS on or choose another sslmode"
     return None
 
 

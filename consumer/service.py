@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import signal
+import ssl
 import sys
 import time
 from collections.abc import Coroutine, Sequence
@@ -26,6 +27,7 @@ from consumer.errors import ConfigError, NotNow, Unavailable
 from consumer.generation import Partition
 from consumer.health import Health
 from consumer.metrics import Metrics
+from consumer.oauth import Tokens
 from consumer.pipeline import Pipeline
 from consumer.reconcile import Sweep
 from consumer.recount import Rules
@@ -47,20 +49,45 @@ def kafka_connection(settings: Settings) -> broker.Connection:
     """How to reach the brokers with these settings. Raises ConfigError for TLS files that cannot be used."""
     security: dict[str, object] = {"security_protocol": settings.kafka_security_protocol}
     if settings.kafka_security_protocol.endswith("SSL"):
-        try:
-            security["ssl_context"] = broker.tls_context(
-                settings.kafka_ssl_cafile, settings.kafka_ssl_certfile, settings.kafka_ssl_keyfile
-            )
-        except OSError as error:
-            raise ConfigError(
-                [f"CAMPAIGN_STATS_KAFKA_SSL_*: {error.strerror or 'unusable file'}; check the files"]
-            ) from error
-    if settings.kafka_sasl_mechanism is not None:
-        security["sasl_mechanism"] = settings.kafka_sasl_mechanism
-        security["sasl_plain_username"] = settings.kafka_sasl_username
-        if settings.kafka_sasl_password is not None:
-            security["sasl_plain_password"] = settings.kafka_sasl_password.get_secret_value()
+        security["ssl_context"] = _tls_context(settings)
+    user, password = settings.kafka_sasl_username, settings.kafka_sasl_password
+    if settings.kafka_sasl_mechanism is None or user is None or password is None:
+        return broker.Connection(settings.kafka_bootstrap_servers, security)
+    security["sasl_mechanism"] = settings.kafka_sasl_mechanism
+    if settings.kafka_sasl_token_url is not None:
+        tokens = Tokens(settings.kafka_sasl_token_url, user, password.get_secret_value(), settings.kafka_sasl_scope)
+        security["sasl_oauth_token_provider"] = broker.TokenProvider(tokens.token)
+    else:
+        security["sasl_plain_username"] = user
+        security["sasl_plain_password"] = password.get_secret_value()
     return broker.Connection(settings.kafka_bootstrap_servers, security)
+
+
+def _tls_context(settings: Settings) -> ssl.SSLContext:
+    """Raises ConfigError for files that cannot be used, all that cannot be read at once."""
+    files = {
+        "KAFKA_SSL_CAFILE": settings.kafka_ssl_cafile,
+        "KAFKA_SSL_CERTFILE": settings.kafka_ssl_certfile,
+        "KAFKA_SSL_KEYFILE": settings.kafka_ssl_keyfile,
+    }
+    problems = [
+        f"{PREFIX}{name} names no file that can be read: give its path"
+        for name, path in files.items()
+        if path is not None and not (path.is_file() and os.access(path, os.R_OK))
+    ]
+    if problems:
+        raise ConfigError(problems)
+    try:
+        context = broker.tls_context(settings.kafka_ssl_cafile)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"{PREFIX}KAFKA_SSL_CAFILE holds no certificates in PEM form: check the file"]) from error
+    if settings.kafka_ssl_certfile is not None and settings.kafka_ssl_keyfile is not None:
+        try:
+            broker.present(context, settings.kafka_ssl_certfile, settings.kafka_ssl_keyfile)
+        except (OSError, ValueError) as error:
+            problem = "are no pair of certificate and unencrypted key in PEM form: check both files"
+            raise ConfigError([f"{PREFIX}KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE {problem}"]) from error
+    return context
 
 
 class Service:
@@ -226,7 +253,10 @@ class Service:
             return await migrations.problems(connection, api=bool(self._settings.api_tokens))
 
     async def _check_topics(self) -> list[str]:
-        missing = await self._events.check([*self._topics.all, *self._cdc])
+        try:
+            missing = await self._events.check([*self._topics.all, *self._cdc])
+        except ConfigError as error:
+            return list(error.problems)
         return [f"topic {topic} is missing: {broker.CREATE_TOPICS}" for topic in missing]
 
     async def _finish(self, tasks: Sequence[asyncio.Task[None]]) -> int:

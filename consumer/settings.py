@@ -1,5 +1,6 @@
 """Settings: one frozen model, the only reader of the environment. All problems are listed at once."""
 
+import ipaddress
 import json
 import os
 import re
@@ -30,6 +31,8 @@ ANY_ID: Final = re.compile(ANY_ID_PATTERN)
 MAX_PORT: Final = 65_535
 NO_PORT: Final = f"has a port above {MAX_PORT}"
 HOST: Final = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]*)(?::[0-9]{1,5})?")
+NO_ENDPOINT: Final = "is no URL: write https://host/path, without user and password"
+SENT_AS_IS: Final = {"PLAIN": "password", "OAUTHBEARER": "token"}
 SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
@@ -70,6 +73,37 @@ def _addresses(value: str) -> str:
     if any(int(port) > MAX_PORT for port in re.findall(r":([0-9]{1,5})\s*(?:,|\Z)", value)):
         raise ValueError(NO_PORT)
     return value
+
+
+def _text(value: object) -> object:
+    """A login that cannot be encoded would fail deep inside the client."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("is not UTF-8") from None
+    return value
+
+
+def _token_url(value: str) -> str:
+    """The client secret goes there: encrypted, or to this machine. It may not hold a secret itself."""
+    try:
+        parts = urlsplit(value)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError(NO_ENDPOINT) from None
+    if parts.scheme not in ("http", "https") or not host or port == 0 or parts.username is not None:
+        raise ValueError(NO_ENDPOINT)
+    if parts.scheme == "http" and not _is_loopback(host):
+        raise ValueError("would send the client secret unencrypted: use https")
+    return value
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _tokens(value: object) -> object:
@@ -118,9 +152,11 @@ class Settings(BaseSettings):
         min_length=1, validation_alias=AliasChoices("KAFKA_BOOTSTRAP_SERVERS", "kafka_bootstrap_servers")
     )
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
-    kafka_sasl_username: str | None = None
-    kafka_sasl_password: SecretStr | None = None
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = None
+    kafka_sasl_username: Annotated[str | None, BeforeValidator(_text)] = None  # with OAUTHBEARER the client id,
+    kafka_sasl_password: Annotated[SecretStr | None, BeforeValidator(_text)] = None  # and the client secret
+    kafka_sasl_token_url: Annotated[str, AfterValidator(_token_url)] | None = None
+    kafka_sasl_scope: Annotated[str | None, BeforeValidator(_text)] = None
     kafka_ssl_cafile: Path | None = None
     kafka_ssl_certfile: Path | None = None
     kafka_ssl_keyfile: Path | None = None
@@ -171,10 +207,25 @@ class Settings(BaseSettings):
             problems.append(
                 "CAMPAIGN_STATS_KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD are required with this mechanism"
             )
-        if self.kafka_sasl_mechanism == "PLAIN" and self.kafka_security_protocol == "SASL_PLAINTEXT":
+        if self.kafka_sasl_mechanism in SENT_AS_IS and self.kafka_security_protocol == "SASL_PLAINTEXT":
             problems.append(
-                "CAMPAIGN_STATS_KAFKA_SASL_MECHANISM PLAIN would send the password unencrypted: use SASL_SSL"
+                f"CAMPAIGN_STATS_KAFKA_SASL_MECHANISM {self.kafka_sasl_mechanism} would send the"
+                f" {SENT_AS_IS[self.kafka_sasl_mechanism]} unencrypted: use SASL_SSL"
             )
+        if self.kafka_sasl_mechanism == "OAUTHBEARER" and self.kafka_sasl_token_url is None:
+            problems.append("CAMPAIGN_STATS_KAFKA_SASL_TOKEN_URL is required with OAUTHBEARER")
+        if self.kafka_sasl_mechanism != "OAUTHBEARER":
+            problems += [
+                f"CAMPAIGN_STATS_{name.upper()} is set, but only KAFKA_SASL_MECHANISM OAUTHBEARER uses it"
+                for name in ("kafka_sasl_token_url", "kafka_sasl_scope")
+                if getattr(self, name) is not None
+            ]
+        if not self.kafka_security_protocol.endswith("SSL"):
+            problems += [
+                f"CAMPAIGN_STATS_{name.upper()} is set, but KAFKA_SECURITY_PROTOCOL uses no TLS: use SSL or SASL_SSL"
+                for name in ("kafka_ssl_cafile", "kafka_ssl_certfile", "kafka_ssl_keyfile")
+                if getattr(self, name) is not None
+            ]
         if (self.kafka_ssl_certfile is None) != (self.kafka_ssl_keyfile is None):
             problems.append("CAMPAIGN_STATS_KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE belong together: set both or none")
         if problems:

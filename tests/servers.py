@@ -53,15 +53,29 @@ def kafka_jars() -> Path:
 
 
 class ApacheKafka(Server):
-    """One node that is broker and controller, on loopback."""
+    """One node that is broker and controller, on loopback.
+
+    Beside the plain listener there can be `secured` ones, name -> protocol; what they need else goes into `properties`.
+    `users`, name -> password, log in by SCRAM; they are written when the storage is formatted.
+    """
 
     name = "kafka"
 
-    def __init__(self, directory: Path, properties: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        properties: Mapping[str, str] | None = None,
+        *,
+        secured: Mapping[str, str] | None = None,
+        users: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(directory)
         self.port = free_port()
         self.controller_port = free_port()
         self.properties = dict(properties or {})
+        self.secured = dict(secured or {})
+        self.users = dict(users or {})
+        self.ports = {listener: free_port() for listener in self.secured}
 
     @property
     def bootstrap(self) -> str:
@@ -71,16 +85,24 @@ class ApacheKafka(Server):
     def start(self) -> None:
         """Format the storage if it is new, start, wait until it accepts connections. Raises ServerFailed."""
         jars = kafka_jars()
-        refuse_taken(self.port)
+        for port in (self.port, *self.ports.values()):
+            refuse_taken(port)
         self.directory.mkdir(parents=True, exist_ok=True)
         data = self.directory / "log"
+        ports = {"PLAINTEXT": self.port, **self.ports, "CONTROLLER": self.controller_port}
+        protocols = {"PLAINTEXT": "PLAINTEXT", **self.secured, "CONTROLLER": "PLAINTEXT"}
         settings = {
             "process.roles": "broker,controller",
             "node.id": "1",
             "controller.quorum.voters": f"1@127.0.0.1:{self.controller_port}",
-            "listeners": f"PLAINTEXT://{self.bootstrap},CONTROLLER://127.0.0.1:{self.controller_port}",
+            "listeners": ",".join(f"{listener}://127.0.0.1:{port}" for listener, port in ports.items()),
+            "advertised.listeners": ",".join(  # secured ones by name, so that certificates can be held against it
+                f"{listener}://{'localhost' if listener in self.secured else '127.0.0.1'}:{port}"
+                for listener, port in ports.items()
+                if listener != "CONTROLLER"
+            ),
             "controller.listener.names": "CONTROLLER",
-            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "listener.security.protocol.map": ",".join(f"{name}:{protocol}" for name, protocol in protocols.items()),
             "log.dirs": str(data),
             "offsets.topic.replication.factor": "1",
             "offsets.topic.num.partitions": "4",
@@ -97,7 +119,12 @@ class ApacheKafka(Server):
         log4j.write_text(LOG4J)
         java = ["java", "-Xms256m", "-Xmx512m", "-cp", f"{jars}/*", f"-Dlog4j2.configurationFile={log4j}"]
         if not (data / "meta.properties").exists():  # written last
-            self.prepare([*java, "kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(properties)])
+            scram = [
+                f"--add-scram={mechanism}=[name={user},password={password}]"
+                for user, password in self.users.items()
+                for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512")
+            ]
+            self.prepare([*java, "kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(properties), *scram])
         self.spawn([*java, "kafka.Kafka", str(properties)])
         self.wait_until_ready()
 

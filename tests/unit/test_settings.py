@@ -1,7 +1,5 @@
 """Settings: the documented defaults, every problem at once, no secret ever shown, nothing unsafe taken."""
 
-from pathlib import Path
-
 import pytest
 
 from consumer.errors import ConfigError
@@ -10,6 +8,13 @@ from consumer.settings import Settings, read_settings
 
 DATABASE_URL = "postgresql://service:hunter2-database@db.example/product"
 PASSWORD = "hunter2-kafka"
+OAUTH = {
+    "KAFKA_SECURITY_PROTOCOL": "SASL_SSL",
+    "KAFKA_SASL_MECHANISM": "OAUTHBEARER",
+    "KAFKA_SASL_USERNAME": "client",
+    "KAFKA_SASL_PASSWORD": PASSWORD,
+    "KAFKA_SASL_TOKEN_URL": "https://login.example/token",
+}
 SASL = {"KAFKA_SASL_MECHANISM": "SCRAM-SHA-512", "KAFKA_SASL_USERNAME": "service", "KAFKA_SASL_PASSWORD": PASSWORD}
 
 
@@ -39,6 +44,8 @@ DEFAULTS = {  # interface.md, section Settings
     "kafka_sasl_mechanism": None,
     "kafka_sasl_username": None,
     "kafka_sasl_password": None,
+    "kafka_sasl_token_url": None,
+    "kafka_sasl_scope": None,
     "kafka_ssl_cafile": None,
     "kafka_ssl_certfile": None,
     "kafka_ssl_keyfile": None,
@@ -84,7 +91,6 @@ def test_the_default_limits_are_the_rule_of_the_guard() -> None:
         ("PRODUCER_IDEMPOTENCE", "false", "producer_idempotence", False),
         ("LOG_LEVEL", "DEBUG", "log_level", "DEBUG"),
         ("LOG_LEVEL", "", "log_level", "INFO"),  # empty is absent
-        ("KAFKA_SSL_CAFILE", "/etc/ca.pem", "kafka_ssl_cafile", Path("/etc/ca.pem")),
         ("TOPIC_PREFIX", "eu.", "group", "eu.campaign-stats"),
         ("GROUP_ID", "mine", "group", "mine"),
     ],
@@ -163,6 +169,13 @@ def test_the_guard_takes_no_fractions(environment: pytest.MonkeyPatch, name: str
         ({**SASL, "KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT", "KAFKA_SASL_MECHANISM": "PLAIN"}, "unencrypted"),
         ({"KAFKA_SSL_CERTFILE": "/c.pem", "KAFKA_SECURITY_PROTOCOL": "SSL"}, "KAFKA_SSL_KEYFILE"),
         ({"KAFKA_SSL_KEYFILE": "/k.pem", "KAFKA_SECURITY_PROTOCOL": "SSL"}, "KAFKA_SSL_CERTFILE"),
+        ({"KAFKA_SSL_CAFILE": "/ca.pem"}, "KAFKA_SSL_CAFILE is set, but KAFKA_SECURITY_PROTOCOL uses no TLS"),
+        ({**SASL, "KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT", "KAFKA_SSL_CAFILE": "/ca.pem"}, "uses no TLS"),
+        ({**OAUTH, "KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT"}, "OAUTHBEARER would send the token unencrypted"),
+        ({**OAUTH, "KAFKA_SASL_TOKEN_URL": ""}, "KAFKA_SASL_TOKEN_URL is required"),
+        ({**OAUTH, "KAFKA_SASL_PASSWORD": ""}, "KAFKA_SASL_PASSWORD"),
+        ({**OAUTH, "KAFKA_SASL_MECHANISM": "PLAIN"}, "KAFKA_SASL_TOKEN_URL is set, but only"),
+        ({"KAFKA_SASL_SCOPE": "kafka"}, "KAFKA_SASL_SCOPE is set, but only"),
     ],
 )
 def test_unsafe_combinations_are_refused(environment: pytest.MonkeyPatch, settings: dict[str, str], about: str) -> None:
@@ -176,6 +189,12 @@ def test_unsafe_combinations_are_refused(environment: pytest.MonkeyPatch, settin
         {**SASL, "KAFKA_SECURITY_PROTOCOL": "SASL_SSL"},
         {**SASL, "KAFKA_SECURITY_PROTOCOL": "SASL_SSL", "KAFKA_SASL_MECHANISM": "PLAIN"},
         {"KAFKA_SSL_CERTFILE": "/c.pem", "KAFKA_SSL_KEYFILE": "/k.pem", "KAFKA_SECURITY_PROTOCOL": "SSL"},
+        {"KAFKA_SSL_CAFILE": "/etc/ca.pem", "KAFKA_SECURITY_PROTOCOL": "SSL"},
+        {**SASL, "KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT"},
+        OAUTH,
+        {**OAUTH, "KAFKA_SASL_SCOPE": "kafka", "KAFKA_SASL_TOKEN_URL": "http://127.0.0.1:8090/token"},
+        {**OAUTH, "KAFKA_SASL_TOKEN_URL": "http://[::1]/token"},
+        {**OAUTH, "KAFKA_SASL_TOKEN_URL": "http://localhost/token"},
     ],
 )
 def test_safe_combinations_are_taken(environment: pytest.MonkeyPatch, settings: dict[str, str]) -> None:
@@ -272,3 +291,31 @@ def test_wrong_broker_addresses_are_refused(environment: pytest.MonkeyPatch, ser
     environment.setenv("KAFKA_BOOTSTRAP_SERVERS", servers)
     with pytest.raises(ConfigError, match="KAFKA_BOOTSTRAP_SERVERS"):
         read_settings()
+
+
+@pytest.mark.parametrize(
+    ("url", "about"),
+    [
+        ("http://login.example/token", "use https"),
+        ("http://127.0.0.1.example/token", "use https"),
+        ("https://client:s3cr3t@login.example/token", "is no URL"),
+        ("https://h:65536/token", "is no URL"),
+        ("https:///token", "is no URL"),
+        ("ftp://login.example/s3cr3t", "is no URL"),
+        ("s3cr3t", "is no URL"),
+    ],
+)
+def test_a_wrong_token_url_is_refused_without_being_shown(
+    environment: pytest.MonkeyPatch, url: str, about: str
+) -> None:
+    shown = problems(environment, **{**OAUTH, "KAFKA_SASL_TOKEN_URL": url})
+    assert shown[0].startswith("CAMPAIGN_STATS_KAFKA_SASL_TOKEN_URL: ")
+    assert about in shown[0]
+    assert "s3cr3t" not in " ".join(shown)
+
+
+@pytest.mark.parametrize("name", ["KAFKA_SASL_USERNAME", "KAFKA_SASL_PASSWORD", "KAFKA_SASL_SCOPE"])
+def test_a_login_that_is_not_utf8_is_refused(environment: pytest.MonkeyPatch, name: str) -> None:
+    shown = problems(environment, **{**OAUTH, name: "s3cr3t\udcff"})
+    assert f"CAMPAIGN_STATS_{name}: is not UTF-8" in shown
+    assert "s3cr3t" not in " ".join(shown)

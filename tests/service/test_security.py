@@ -1,0 +1,591 @@
+"""Security settings reach the clients: TLS and logins of Kafka, TLS of PostgreSQL; wrong ones get a sentence.
+
+One broker with a listener for each kind, certificates made here. No secret may show anywhere, at the level DEBUG too.
+"""
+
+import asyncio
+import base64
+import hashlib
+import json
+import os
+import pwd
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote
+from urllib.request import Request, urlopen
+from uuid import uuid4
+
+import asyncpg
+import pytest
+import trustme
+from aiohttp import web
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    KeySerializationEncryption,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from consumer import migrations
+from consumer.demo.servers import Postgres, free_port, machine_binaries, unprivileged_account
+from tests.conftest import NO_FSYNC, Bus, RunningService, StartService, command, eventually
+from tests.servers import ApacheKafka
+from tests.world import REFERENCE, USER, add_campaign, hint
+
+pytestmark = pytest.mark.apache_kafka
+
+KAFKA_PASSWORD = "hunter2-kafka"
+DATABASE_PASSWORD = "hunter2-database"
+CLIENT_SECRET = "hunter2-client"
+API_TOKEN = "hunter2-api-token"
+API_DIGEST = hashlib.sha256(API_TOKEN.encode()).hexdigest()
+SECRETS = (KAFKA_PASSWORD, DATABASE_PASSWORD, CLIENT_SECRET, API_TOKEN, API_DIGEST)
+QUIET = ("debug", "info")
+
+LISTENERS = {"SCRAM": "SASL_SSL", "CERTIFIED": "SSL", "TOKENS": "SASL_SSL"}
+LOGIN = "org.apache.kafka.common.security"
+UNSECURED = f"{LOGIN}.oauthbearer.internals.unsecured.OAuthBearerUnsecuredValidatorCallbackHandler"
+
+
+@dataclass(frozen=True)
+class Files:
+    """Certificates in PEM files. `other_ca` signed nothing that is used here."""
+
+    ca: Path
+    other_ca: Path
+    server: Path
+    certificate: Path
+    key: Path
+    encrypted_key: Path
+    server_key: Path
+    foreign_certificate: Path
+    foreign_key: Path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """A server that is `localhost` by name only, a client `service`, and a client of an authority nobody trusts."""
+    folder = tmp_path_factory.mktemp("certificates")
+    authority, other = trustme.CA(), trustme.CA()
+    server = authority.issue_cert("localhost")
+    client = authority.issue_cert("service", common_name="service")
+    foreign = other.issue_cert("service", common_name="service")
+
+    def write(name: str, *blobs: bytes) -> Path:
+        path = folder / name
+        path.write_bytes(b"".join(blobs))
+        return path
+
+    def key(cert: trustme.LeafCert, encryption: KeySerializationEncryption | None = None) -> bytes:
+        loaded = load_pem_private_key(cert.private_key_pem.bytes(), None)
+        return loaded.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption())
+
+    def chain(cert: trustme.LeafCert) -> bytes:
+        return b"".join(blob.bytes() for blob in cert.cert_chain_pems)
+
+    return Files(
+        ca=write("ca.pem", authority.cert_pem.bytes()),
+        other_ca=write("other-ca.pem", other.cert_pem.bytes()),
+        server=write("server.pem", chain(server)),
+        server_key=write("server-key.pem", key(server)),
+        certificate=write("client.pem", chain(client)),
+        key=write("client-key.pem", key(client)),
+        encrypted_key=write("client-key-encrypted.pem", key(client, BestAvailableEncryption(b"pass phrase"))),
+        foreign_certificate=write("foreign.pem", chain(foreign)),
+        foreign_key=write("foreign-key.pem", key(foreign)),
+    )
+
+
+@pytest.fixture(scope="module")
+def kafka(servers_directory: Path, files: Files) -> Iterator[ApacheKafka]:
+    """One broker: the plain listener for the independent client, and the secured ones for ours."""
+    store = files.server.with_name("server-store.pem")
+    store.write_bytes(files.server_key.read_bytes() + files.server.read_bytes())
+    scram = f"{LOGIN}.scram.ScramLoginModule required;"
+    properties = {
+        "ssl.keystore.type": "PEM",
+        "ssl.keystore.location": str(store),
+        "ssl.truststore.type": "PEM",
+        "ssl.truststore.location": str(files.ca),
+        "listener.name.certified.ssl.client.auth": "required",
+        "listener.name.scram.sasl.enabled.mechanisms": "SCRAM-SHA-512,SCRAM-SHA-256,PLAIN",
+        "listener.name.scram.scram-sha-512.sasl.jaas.config": scram,
+        "listener.name.scram.scram-sha-256.sasl.jaas.config": scram,
+        "listener.name.scram.plain.sasl.jaas.config": (
+            f'{LOGIN}.plain.PlainLoginModule required user_service="{KAFKA_PASSWORD}";'
+        ),
+        "listener.name.tokens.sasl.enabled.mechanisms": "OAUTHBEARER",
+        "listener.name.tokens.oauthbearer.sasl.jaas.config": (
+            f'{LOGIN}.oauthbearer.OAuthBearerLoginModule required unsecuredLoginStringClaim_sub="broker";'
+        ),
+        "listener.name.tokens.oauthbearer.sasl.server.callback.handler.class": UNSECURED,
+    }
+    server = ApacheKafka(
+        servers_directory / "secured-kafka", properties, secured=LISTENERS, users={"service": KAFKA_PASSWORD}
+    )
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def environment(environment: dict[str, str]) -> dict[str, str]:
+    """At the level DEBUG and with an open API door, so that everything that might show a secret is at work."""
+    environment.update(
+        CAMPAIGN_STATS_LOG_LEVEL="DEBUG",
+        CAMPAIGN_STATS_API_PORT="0",
+        CAMPAIGN_STATS_API_TOKENS=json.dumps({API_DIGEST: str(USER)}),
+    )
+    return environment
+
+
+def prefixed(settings: Mapping[str, object]) -> dict[str, str]:
+    return {f"CAMPAIGN_STATS_{name}": str(value) for name, value in settings.items()}
+
+
+def scram(kafka: ApacheKafka, files: Files, mechanism: str = "SCRAM-SHA-512", **changes: object) -> dict[str, str]:
+    """The environment of a client that logs in by password; keywords override settings."""
+    settings = {
+        "KAFKA_SECURITY_PROTOCOL": "SASL_SSL",
+        "KAFKA_SASL_MECHANISM": mechanism,
+        "KAFKA_SASL_USERNAME": "service",
+        "KAFKA_SASL_PASSWORD": KAFKA_PASSWORD,
+        "KAFKA_SSL_CAFILE": files.ca,
+        **changes,
+    }
+    return {"KAFKA_BOOTSTRAP_SERVERS": f"localhost:{kafka.ports['SCRAM']}", **prefixed(settings)}
+
+
+def certified(kafka: ApacheKafka, files: Files, **changes: object) -> dict[str, str]:
+    """The environment of a client that shows a certificate; keywords override settings."""
+    settings = {
+        "KAFKA_SECURITY_PROTOCOL": "SSL",
+        "KAFKA_SSL_CAFILE": files.ca,
+        "KAFKA_SSL_CERTFILE": files.certificate,
+        "KAFKA_SSL_KEYFILE": files.key,
+        **changes,
+    }
+    return {"KAFKA_BOOTSTRAP_SERVERS": f"localhost:{kafka.ports['CERTIFIED']}", **prefixed(settings)}
+
+
+def assert_no_secret(*texts: str) -> None:
+    assert not [secret for secret in SECRETS for text in texts if secret in text]
+
+
+async def call(running: RunningService, campaign_id: object) -> dict[str, Any]:
+    """A call at the API door with the token; the answer."""
+
+    def post() -> Any:
+        request = Request(
+            f"http://127.0.0.1:{running.api_port}/api/campaigns/{campaign_id}/sync-stats",
+            method="POST",
+            headers={"Authorization": f"Bearer {API_TOKEN}"},
+        )
+        with urlopen(request, timeout=10) as response:
+            return json.load(response)
+
+    answer: dict[str, Any] = await asyncio.to_thread(post)
+    return answer
+
+
+async def assert_serves(service: StartService, bus: Bus, db: asyncpg.Connection) -> RunningService:
+    """A hint goes in and its stats come out; neither logs nor doors show a secret."""
+    campaign_id = await add_campaign(db, REFERENCE)
+    running = await service()
+    await bus.publish(bus.topics.prefix + "prospect.status-changed", hint(campaign_id), key=str(campaign_id))
+
+    stats_updated = bus.topics.prefix + "campaign.stats-updated"
+    [event] = await eventually(lambda: bus.events(stats_updated), "the hint is served", running)
+    assert event["subject"] == str(campaign_id)
+    assert event["data"]["campaign"]["stats"] == {"total": 120, "sent": 34, "replied": 4, "bounced": 1}
+    assert (await call(running, campaign_id))["campaign"]["id"] == str(campaign_id)
+    chatter = [line for line in running.logs if line["logger"].startswith("aiokafka") and line["level"] in QUIET]
+    assert not chatter, "its lines of these levels hold whole requests, those of the login too"
+    assert_no_secret("\n".join(running.raw), *[(await running.get(path))[1] for path in ("/metrics", "/readyz", "/")])
+    return running
+
+
+async def assert_refused(environment: dict[str, str], *arguments: str, about: str) -> None:
+    """Exit 2 and one sentence for people, beside what is logged."""
+    code, out, error = await command(environment, *arguments)
+    assert code == 2, out + error
+    [sentence] = [line for line in error.splitlines() if line.startswith("campaign-stats: ")]
+    assert about in sentence
+    assert "Traceback" not in out + error
+    assert_no_secret(out, error)
+
+
+@pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"])
+async def test_the_service_logs_in_by_password_over_tls(
+    service: StartService, bus: Bus, db: asyncpg.Connection, environment: dict[str, str], kafka: ApacheKafka,
+    files: Files, mechanism: str,
+) -> None:  # fmt: skip
+    environment.update(scram(kafka, files, mechanism))
+    running = await assert_serves(service, bus, db)
+    assert running.messages("started")
+
+
+async def test_the_service_shows_its_certificate(
+    service: StartService, bus: Bus, db: asyncpg.Connection, environment: dict[str, str], kafka: ApacheKafka,
+    files: Files,
+) -> None:  # fmt: skip
+    environment.update(certified(kafka, files))
+    await assert_serves(service, bus, db)
+
+
+async def test_commands_use_the_same_settings(
+    environment: dict[str, str], kafka: ApacheKafka, files: Files, bus: Bus
+) -> None:
+    for client in (scram(kafka, files), certified(kafka, files)):
+        code, out, error = await command({**environment, **client}, "topics")
+        assert (code, out.count("present")) == (0, 6)
+        assert_no_secret(out, error)
+        code, out, error = await command({**environment, **client}, "sync", str(uuid4()))
+        assert code == 0
+        assert_no_secret(out, error)
+    assert len(await bus.events(bus.topics.prefix + "campaign.sync-requested")) == 2
+
+
+WRONG = {
+    "password": ("scram", {"KAFKA_SASL_PASSWORD": KAFKA_PASSWORD + "-old"}, "refuses the login"),
+    "password, PLAIN": (
+        "scram", {"KAFKA_SASL_MECHANISM": "PLAIN", "KAFKA_SASL_PASSWORD": KAFKA_PASSWORD + "-old"}, "refuses the login"
+    ),
+    "user": ("scram", {"KAFKA_SASL_USERNAME": "nobody"}, "refuses the login"),
+    "kind of login": ("tokens", {}, "does not offer this kind of login"),
+    "login where there is none": (
+        "certified",
+        {"KAFKA_SECURITY_PROTOCOL": "SASL_SSL", "KAFKA_SASL_MECHANISM": "PLAIN", "KAFKA_SASL_USERNAME": "service",
+         "KAFKA_SASL_PASSWORD": KAFKA_PASSWORD},
+        "does not offer this kind of login",
+    ),
+    "authority": ("scram", {"KAFKA_SSL_CAFILE": "other_ca"}, "certificate of localhost:"),
+    "no authority": ("scram", {"KAFKA_SSL_CAFILE": ""}, "certificate of localhost:"),
+    "host name": ("address", {}, "IP address mismatch"),
+    "no certificate": ("certified", {"KAFKA_SSL_CERTFILE": "", "KAFKA_SSL_KEYFILE": ""}, "refuses our side of TLS"),
+    "foreign certificate": (
+        "certified", {"KAFKA_SSL_CERTFILE": "foreign_certificate", "KAFKA_SSL_KEYFILE": "foreign_key"},
+        "refuses our side of TLS",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+async def test_what_the_brokers_refuse_ends_with_a_sentence(
+    environment: dict[str, str], kafka: ApacheKafka, files: Files, wrong: str
+) -> None:
+    kind, changes, about = WRONG[wrong]
+    settings = {name: getattr(files, value, value) for name, value in changes.items()}
+    client = {**environment, **(certified if kind == "certified" else scram)(kafka, files, **settings)}
+    if kind == "address":
+        client["KAFKA_BOOTSTRAP_SERVERS"] = f"127.0.0.1:{kafka.ports['SCRAM']}"
+    if kind == "tokens":
+        client["KAFKA_BOOTSTRAP_SERVERS"] = f"localhost:{kafka.ports['TOKENS']}"
+    for arguments in (["run"], ["topics"]):
+        await assert_refused(client, *arguments, about=about)
+
+
+async def test_every_command_says_that_the_login_is_refused(
+    environment: dict[str, str], kafka: ApacheKafka, files: Files
+) -> None:
+    client = {**environment, **scram(kafka, files, KAFKA_SASL_PASSWORD=KAFKA_PASSWORD + "-old")}
+    for arguments in (["topics", "--create"], ["sync", str(uuid4())], ["sync", str(uuid4()), "--wait"], ["tail"]):
+        await assert_refused(client, *arguments, about="refuses the login")
+
+
+async def test_a_refused_login_is_listed_beside_what_the_database_lacks(
+    environment: dict[str, str], kafka: ApacheKafka, files: Files, db: asyncpg.Connection
+) -> None:
+    await db.execute("DROP TABLE campaign_sender_accounts")
+    client = {**environment, **scram(kafka, files, KAFKA_SASL_PASSWORD="wrong")}
+    code, _, error = await command(client, "run")
+    assert code == 2
+    assert "campaign_sender_accounts" in error
+    assert "refuses the login" in error
+
+
+async def test_one_broker_that_takes_us_is_enough(
+    environment: dict[str, str], kafka: ApacheKafka, files: Files
+) -> None:
+    client = {**environment, **scram(kafka, files)}
+    for others in (f"127.0.0.1:{kafka.ports['SCRAM']}", f"localhost:{free_port()}"):
+        client["KAFKA_BOOTSTRAP_SERVERS"] = f"{others},localhost:{kafka.ports['SCRAM']}"
+        assert (await command(client, "topics"))[0] == 0
+
+
+async def test_brokers_that_do_not_answer_are_waited_for(
+    service: StartService, environment: dict[str, str], kafka: ApacheKafka, files: Files
+) -> None:
+    environment.update(scram(kafka, files), KAFKA_BOOTSTRAP_SERVERS=f"localhost:{free_port()}")
+    code, _, error = await command(environment, "topics")
+    assert code == 1
+    assert [line for line in error.splitlines() if not line.startswith("{")] == [
+        "campaign-stats: kafka: KafkaConnectionError while starting a producer"
+    ]
+    running = await service(ready=False)
+    await eventually(lambda: running.messages("dependency lost"), "it waits", running)
+    assert (await running.get("/livez"))[0] == 200
+    assert (await running.get("/readyz"))[0] == 503
+    assert_no_secret(error, "\n".join(running.raw))
+
+
+@pytest.mark.parametrize(
+    ("changes", "about"),
+    [
+        ({"KAFKA_SSL_CAFILE": "/no/such.pem"}, "KAFKA_SSL_CAFILE names no file that can be read"),
+        ({"KAFKA_SSL_CAFILE": "/etc/passwd"}, "KAFKA_SSL_CAFILE holds no certificates"),
+        ({"KAFKA_SSL_CERTFILE": "/no/such.pem"}, "KAFKA_SSL_CERTFILE names no file that can be read"),
+        ({"KAFKA_SSL_KEYFILE": "encrypted_key"}, "no pair of certificate and unencrypted key"),
+        ({"KAFKA_SSL_KEYFILE": "foreign_key"}, "no pair of certificate and unencrypted key"),
+    ],
+)
+async def test_files_that_cannot_be_used_are_wrong_settings(
+    environment: dict[str, str], kafka: ApacheKafka, files: Files, changes: dict[str, str], about: str
+) -> None:
+    settings = {name: getattr(files, value, value) for name, value in changes.items()}
+    client = {**environment, **certified(kafka, files, **settings)}
+    for arguments in (["run"], ["topics"]):
+        await assert_refused(client, *arguments, about=about)
+
+
+@dataclass
+class TokenServer:
+    """An OAuth 2 token endpoint for one client; `asked` are the forms it was sent. `status` makes it fail."""
+
+    port: int
+    asked: list[dict[str, list[str]]] = field(default_factory=list)
+    status: int = 200
+    lifetime_s: int = 3600
+
+    @property
+    def url(self) -> str:
+        """For KAFKA_SASL_TOKEN_URL."""
+        return f"http://localhost:{self.port}/token"
+
+    async def answer(self, request: web.Request) -> web.Response:
+        """A token without a signature, as the broker's own handler for trials takes it."""
+        form = parse_qs(await request.text())
+        self.asked.append(form)
+        login = base64.b64encode(f"service:{quote(CLIENT_SECRET)}".encode()).decode()
+        if request.headers.get("Authorization") != f"Basic {login}":
+            return web.json_response({"error": "invalid_client"}, status=401)
+        if self.status != 200:
+            return web.Response(status=self.status, text="not now")
+        now = time.time()
+        parts = [{"alg": "none"}, {"sub": "service", "iat": now, "exp": now + self.lifetime_s, "scope": form["scope"]}]
+        token = ".".join(base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts)
+        return web.json_response({"access_token": token + ".", "token_type": "Bearer", "expires_in": self.lifetime_s})
+
+
+@pytest.fixture
+async def token_server() -> AsyncIterator[TokenServer]:
+    """On loopback."""
+    server = TokenServer(free_port())
+    application = web.Application()
+    application.router.add_post("/token", server.answer)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", server.port).start()
+    yield server
+    await runner.cleanup()
+
+
+def tokens(kafka: ApacheKafka, files: Files, server: TokenServer, **changes: object) -> dict[str, str]:
+    """The environment of a client that logs in by a token; keywords override settings."""
+    settings = {
+        "KAFKA_SECURITY_PROTOCOL": "SASL_SSL",
+        "KAFKA_SASL_MECHANISM": "OAUTHBEARER",
+        "KAFKA_SASL_USERNAME": "service",
+        "KAFKA_SASL_PASSWORD": CLIENT_SECRET,
+        "KAFKA_SASL_TOKEN_URL": server.url,
+        "KAFKA_SASL_SCOPE": "campaign-stats",
+        "KAFKA_SSL_CAFILE": files.ca,
+        **changes,
+    }
+    return {"KAFKA_BOOTSTRAP_SERVERS": f"localhost:{kafka.ports['TOKENS']}", **prefixed(settings)}
+
+
+async def test_the_service_logs_in_by_a_token_which_it_keeps(
+    service: StartService, bus: Bus, db: asyncpg.Connection, environment: dict[str, str], kafka: ApacheKafka,
+    files: Files, token_server: TokenServer,
+) -> None:  # fmt: skip
+    environment.update(tokens(kafka, files, token_server))
+    running = await assert_serves(service, bus, db)
+    assert token_server.asked == [{"grant_type": ["client_credentials"], "scope": ["campaign-stats"]}]
+    assert "eyJ" not in "\n".join(running.raw)  # how every token begins
+
+
+async def test_a_token_that_soon_expires_is_not_kept(
+    environment: dict[str, str], kafka: ApacheKafka, files: Files, token_server: TokenServer
+) -> None:
+    token_server.lifetime_s = 20
+    assert (await command({**environment, **tokens(kafka, files, token_server)}, "topics"))[0] == 0
+    assert len(token_server.asked) > 1
+
+
+async def test_a_client_the_token_endpoint_refuses_ends_with_a_sentence(
+    environment: dict[str, str], kafka: ApacheKafka, files: Files, token_server: TokenServer
+) -> None:
+    client = {**environment, **tokens(kafka, files, token_server, KAFKA_SASL_PASSWORD="wrong")}
+    for arguments in (["run"], ["topics"]):
+        await assert_refused(client, *arguments, about="the token endpoint refuses the client (401)")
+
+
+async def test_a_token_endpoint_that_fails_is_waited_for(
+    service: StartService, environment: dict[str, str], kafka: ApacheKafka, files: Files, token_server: TokenServer
+) -> None:
+    token_server.status = 503
+    environment.update(tokens(kafka, files, token_server))
+    code, _, error = await command(environment, "topics")
+    assert code == 1
+    assert "Traceback" not in error
+    running = await service(ready=False)
+    await eventually(lambda: running.messages("dependency lost"), "it waits", running)
+    token_server.status = 200
+    await eventually(lambda: running.messages("started"), "it goes on when there are tokens again", running)
+    assert_no_secret(error, "\n".join(running.raw))
+
+
+@pytest.fixture(scope="module")
+def tls_postgres(servers_directory: Path, files: Files) -> Iterator[Postgres]:
+    """The machine's own PostgreSQL (the one of the wheel is built without TLS); by TCP only encrypted, with login."""
+    binaries = machine_binaries()
+    if binaries is None:
+        pytest.skip("the machine's own PostgreSQL is missing: the one of the wheel has no TLS")
+    server = Postgres(servers_directory / "pgtls", binaries, tcp=True)
+    folder = servers_directory / "pgtls-files"
+    folder.mkdir(mode=0o755)
+    rules = folder / "pg_hba.conf"
+    rules.write_text(
+        "local all all trust\n"
+        "hostssl all service 127.0.0.1/32 scram-sha-256\n"
+        "hostssl all certified 127.0.0.1/32 cert map=anybody\n"
+    )
+    (folder / "pg_ident.conf").write_text("anybody service certified\n")
+    for name, source in (("server.pem", files.server), ("server-key.pem", files.server_key), ("ca.pem", files.ca)):
+        (folder / name).write_bytes(source.read_bytes())
+    (folder / "server-key.pem").chmod(0o600)
+    if account := unprivileged_account():
+        os.chown(folder / "server-key.pem", pwd.getpwnam(account).pw_uid, -1)
+    server.options = {
+        **NO_FSYNC,
+        "hba_file": str(rules),
+        "ident_file": str(folder / "pg_ident.conf"),
+        "ssl": "on",
+        "ssl_cert_file": str(folder / "server.pem"),
+        "ssl_key_file": str(folder / "server-key.pem"),
+        "ssl_ca_file": str(folder / "ca.pem"),
+    }
+
+    async def make_roles() -> None:
+        connection = await asyncpg.connect(host=str(server.directory), port=server.port, user="postgres")
+        await connection.execute(f"CREATE ROLE service SUPERUSER LOGIN PASSWORD '{DATABASE_PASSWORD}'")
+        await connection.execute("CREATE ROLE certified SUPERUSER LOGIN")
+        await connection.close()
+
+    try:
+        server.start()
+        asyncio.run(make_roles())
+        yield server
+    finally:
+        server.stop()
+
+
+RIGHT = f"service:{DATABASE_PASSWORD}"
+
+
+@dataclass(frozen=True)
+class TlsDatabase:
+    """A fresh, migrated database behind TLS."""
+
+    name: str
+    port: int
+
+    def url(self, login: str = RIGHT, host: str = "localhost", **options: object) -> str:
+        """For DATABASE_URL; options as in libpq."""
+        query = "&".join(f"{name}={value}" for name, value in options.items())
+        return f"postgresql://{login}@{host}:{self.port}/{self.name}?{query}"
+
+
+@pytest.fixture
+async def tls_database(tls_postgres: Postgres) -> TlsDatabase:
+    """A fresh, migrated database behind TLS; it goes with its server."""
+    name = f"t{uuid4().hex[:12]}"
+    connection = await asyncpg.connect(host=str(tls_postgres.directory), port=tls_postgres.port, user="postgres")
+    await connection.execute(f"CREATE DATABASE {name}")
+    await connection.close()
+    await migrations.migrate(
+        f"postgresql://postgres@/{name}?host={tls_postgres.directory}&port={tls_postgres.port}", reference_schema=True
+    )
+    return TlsDatabase(name, tls_postgres.port)
+
+
+async def connected(url: str) -> asyncpg.Connection:
+    connection = await asyncpg.connect(url)
+    await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
+    return connection
+
+
+@pytest.mark.parametrize("login", ["password", "certificate"])
+async def test_the_service_checks_the_certificate_of_postgresql(
+    service: StartService, bus: Bus, environment: dict[str, str], kafka: ApacheKafka, files: Files,
+    tls_database: TlsDatabase, login: str,
+) -> None:  # fmt: skip
+    os.chmod(files.key, 0o600)
+    url = tls_database.url(sslmode="verify-full", sslrootcert=files.ca)
+    if login == "certificate":
+        url = tls_database.url(
+            "certified", sslmode="verify-full", sslrootcert=files.ca, sslcert=files.certificate, sslkey=files.key
+        )
+    environment.update(scram(kafka, files), DATABASE_URL=url)
+    db = await connected(url)
+    try:
+        await assert_serves(service, bus, db)
+        unencrypted = await db.fetchval(
+            "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)"
+            " WHERE datname = current_database() AND NOT ssl"
+        )
+        assert unencrypted == 0
+    finally:
+        await db.close()
+
+
+@pytest.mark.parametrize(
+    ("login", "host", "options", "about"),
+    [
+        (RIGHT, "localhost", {"sslmode": "verify-full", "sslrootcert": "other_ca"}, "TLS fails"),
+        (RIGHT, "127.0.0.1", {"sslmode": "verify-full", "sslrootcert": "ca"}, "TLS fails"),
+        (RIGHT + "-old", "localhost", {"sslmode": "verify-full", "sslrootcert": "ca"}, "refuses it"),
+        (RIGHT, "localhost", {"sslmode": "disable"}, "refuses it"),
+        ("certified", "localhost", {"sslmode": "verify-full", "sslrootcert": "ca"}, "refuses it"),
+    ],
+    ids=["authority", "host name", "password", "not encrypted", "no certificate"],
+)  # fmt: skip
+async def test_a_database_that_refuses_us_or_is_not_to_be_trusted_ends_with_a_sentence(
+    environment: dict[str, str], files: Files, tls_database: TlsDatabase, login: str, host: str,
+    options: dict[str, str], about: str,
+) -> None:  # fmt: skip
+    chosen = {name: getattr(files, value, value) for name, value in options.items()}
+    wrong = {**environment, "DATABASE_URL": tls_database.url(login, host, **chosen)}
+    for arguments in (["run"], ["migrate"], ["drift"]):
+        await assert_refused(wrong, *arguments, about=about)
+
+
+async def test_a_database_without_tls_is_refused_where_tls_is_asked_for(
+    environment: dict[str, str], servers_directory: Path
+) -> None:
+    server = Postgres(servers_directory / "pgplain", options=NO_FSYNC, tcp=True)
+    try:
+        server.start()
+        wrong = {**environment, "DATABASE_URL": f"{server.url()}?sslmode=require"}
+        for arguments in (["run"], ["migrate"], ["drift"]):
+            await assert_refused(wrong, *arguments, about="DATABASE_URL: the server has no TLS")
+    finally:
+        server.stop()
