@@ -1,12 +1,12 @@
 """PostgreSQL: one statement per file in sql/, one typed function per statement, and the translation of its errors."""
 
 import asyncio
-import json
+import re
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib import resources
 from typing import Final, TypeVar
@@ -17,7 +17,7 @@ import orjson
 from asyncpg.pool import PoolConnectionProxy
 
 from consumer.envelope import Cause, SyncRequest
-from consumer.errors import ConfigError, TooSlow, Unavailable
+from consumer.errors import ConfigError, NotWritten, TooSlow, Unavailable
 from consumer.generation import Seen, Work
 from consumer.guard import Override, Window, rate_bp
 from consumer.outcome import Campaign, Deferral, Details, Held, Outcome, Recount
@@ -52,7 +52,13 @@ REFUSED_CLASSES: Final = ("28", "3D")
 OUTAGE_STATES: Final = frozenset(
     ("25006", "42501", "0A000", "42P01", "42883", "42703", "3F000", "57014", "55P03")
 )  # the last two only outside a recount, where TooSlow stands for them: a table of ours is locked, a page was too slow
+EARLIEST: Final = datetime.min.replace(tzinfo=UTC)
+LATEST: Final = datetime.max.replace(tzinfo=UTC)
+EXISTS: Final = "SELECT EXISTS (SELECT FROM public.campaigns WHERE id = ANY ($1::uuid[]))"
 STALE_POOL: Final = frozenset(("25006", "57P01"))  # after a failover a pool keeps talking to the old node
+
+_EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)  # PostgreSQL's
+_STRING_OR_SPACE: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"| ')  # no other white space stands in printed jsonb
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +300,7 @@ class Transaction:
         """Lock, recount and write `stats` and `last_synced_at`; those that exist, recounted or held back.
 
         Two statements in one function: a statement's snapshot is older than the lock it waits for (design, section 5).
+        Raises TooSlow, and NotWritten where a campaign exists but the product let nothing be written.
         """
         recounts: dict[UUID, Recount] = {}
         held: dict[UUID, Held] = {}
@@ -311,15 +318,18 @@ class Transaction:
                     row["failures"],
                     row["counted_at"],
                 )
+        missing = [campaign_id for campaign_id in campaign_ids if not (campaign_id in recounts or campaign_id in held)]
+        if missing and await self._connection.fetchval(EXISTS, missing):
+            raise NotWritten("a trigger or rule of the product suppresses the update")
         return recounts, held
 
     async def describe(self, campaign_id: UUID) -> Details:
         """A recounted campaign's row as its owner sees it."""
         row = await _one(self._connection, statement("describe"), campaign_id)
         return Details(
-            Campaign(**{name: row[name] for name in Campaign._fields}),
+            _campaign(row),
             row["signature"],
-            row["operating_hours"],
+            verbatim(row["operating_hours"]),
             row["sender_accounts"],
         )
 
@@ -446,18 +456,38 @@ class Transaction:
 
 
 async def _prepare(connection: Connection) -> None:
-    await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=_to_json, decoder=_from_json)
+    await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=_to_json, decoder=orjson.loads)
+    # asyncpg's own decoder raises for times that Python cannot hold, and so fails every row read with them.
+    await connection.set_type_codec(
+        "timestamptz", schema="pg_catalog", encoder=_to_microseconds, decoder=_from_microseconds, format="tuple"
+    )
 
 
 def _to_json(value: object) -> str:
     return orjson.dumps(value, default=str).decode()  # str: asyncpg's own subclass of UUID
 
 
-def _from_json(text: str) -> object:
+def _from_microseconds(since_2000: tuple[int]) -> datetime:
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return json.loads(text)  # jsonb holds numbers that no double can; such a row must not stop its neighbours
+        return _EPOCH + timedelta(microseconds=since_2000[0])
+    except OverflowError:  # BC, beyond the year 9999, infinity: such a row must not stop its neighbours
+        return LATEST if since_2000[0] > 0 else EARLIEST
+
+
+def _to_microseconds(moment: datetime) -> tuple[int]:
+    return ((moment - _EPOCH) // timedelta(microseconds=1),)
+
+
+def verbatim(jsonb: str | None) -> orjson.Fragment | None:
+    """A jsonb column of the product, read as text, for JSON that we write: the same value, compact, whatever it holds.
+
+    It is not parsed, because jsonb holds deeper nesting and larger numbers than any parser of ours takes.
+    """
+    return None if jsonb is None else orjson.Fragment(_STRING_OR_SPACE.sub(_without_space, jsonb))
+
+
+def _without_space(match: re.Match[str]) -> str:
+    return "" if match[0] == " " else match[0]
 
 
 async def _leave_alone(connection: Connection) -> None:
@@ -500,7 +530,7 @@ def _campaign(row: asyncpg.Record) -> Campaign:
         daily_limit=row["daily_limit"],
         stop_on_reply=row["stop_on_reply"],
         open_tracking=row["open_tracking"],
-        skip_other_campaigns=row["skip_other_campaigns"],
+        skip_other_campaigns=verbatim(row["skip_other_campaigns"]),
         stats=row["stats"],
         last_synced_at=row["last_synced_at"],
         pause_reason=row["pause_reason"],

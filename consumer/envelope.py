@@ -4,7 +4,6 @@ Hot path: one parse and one exact look per record. Only what is no plain, valid 
 which decides what it is in the documented order of dead-letter reasons.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -399,11 +398,8 @@ def encode(
 
 
 def to_json(document: Mapping[str, object]) -> bytes:
-    """Compact JSON; also integers beyond 64 bits, which jsonb columns of the product may hold."""
-    try:
-        return orjson.dumps(document)
-    except TypeError:
-        return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    """Compact JSON, keys in the order given."""
+    return orjson.dumps(document)
 
 
 def format_time(moment: datetime) -> str:

@@ -56,6 +56,10 @@ class TooSlow(Exception):
         self.is_lock = is_lock
 
 
+class NotWritten(Exception):
+    """A trigger or rule of the product let no recount through, without an error: an error of that chunk."""
+
+
 class NotNow(ServiceError):
     """A call at the door that cannot be served now. `retry_after_s`: whole seconds to wait before asking again."""
 

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from consumer.database import Connection, override, statement
+from consumer.database import Connection, override, statement, verbatim
 from consumer.envelope import format_time
 from consumer.guard import Limits, Mode, Resolved, Verdict, Window, bounces_left, judge, rate_bp, resolve
 
@@ -136,7 +136,7 @@ async def drift(connection: Connection, done: Callable[[int, int | None], None])
                 "type": row["type"],
                 "status": row["status"],
                 "last_synced_at": row["last_synced_at"] and format_time(row["last_synced_at"]),
-                "stored": row["stored"],
+                "stored": verbatim(row["stored"]),
                 "truth": row["truth"],
                 "drift": row["drift"],
             }

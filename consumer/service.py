@@ -305,9 +305,12 @@ class Service:
     async def _bury(
         self, rows: Sequence[tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]], *, alone: bool
     ) -> Sequence[broker.Sent]:
-        return await self._letters.publish(
+        results = await self._letters.publish(
             [Outgoing(self._topics.dead_letters, key, value, headers) for key, value, headers in rows], alone=alone
         )
+        if any(sent.error is None or sent.refused for sent in results):
+            self._health.progressed()  # many that the topic refuses take long, but are no standstill
+        return results
 
     async def _sample(self) -> None:
         """Keep the gauges true that need a question to a server."""

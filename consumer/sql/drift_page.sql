@@ -6,7 +6,7 @@ WITH page AS (
      WHERE $1::uuid IS NULL OR c.id > $1::uuid
      ORDER BY c.id LIMIT $2
 )
-SELECT p.id, p.name, p.type, p.status, p.last_synced_at, p.stats AS stored, t.stats AS truth,
+SELECT p.id, p.name, p.type, p.status, p.last_synced_at, p.stats::text AS stored, t.stats AS truth,
        CASE WHEN p.stats = t.stats THEN '{}' ELSE campaign_stats.drift(p.stats, t.stats) END AS drift
   FROM page p CROSS JOIN LATERAL campaign_stats.count_prospects(p.id) AS t
  ORDER BY p.id

@@ -5,4 +5,5 @@ UPDATE public.campaigns c
   FROM (SELECT clock_timestamp() AS at) AS moment
  WHERE c.id = ANY ($1::uuid[]) AND c.status = 'active'
 RETURNING c.id AS campaign_id, moment.at AS paused_at, c.user_id, c.type, c.name, c.status, c.daily_limit, c.stop_on_reply,
-          c.open_tracking, c.skip_other_campaigns, c.stats, c.last_synced_at, c.pause_reason, c.created_at, c.updated_at
+          c.open_tracking, c.skip_other_campaigns::text, c.stats, c.last_synced_at, c.pause_reason, c.created_at,
+          c.updated_at
