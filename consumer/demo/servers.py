@@ -14,6 +14,7 @@ import signal
 import socket
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ class Server:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.process: subprocess.Popen[bytes] | None = None
+        self._turn = threading.Lock()  # around every change of `process`: one thread starts while another one stops
 
     @property
     def log(self) -> Path:
@@ -79,7 +81,7 @@ class Server:
         self, command: Sequence[str], *, env: Mapping[str, str] | None = None, account: str | None = None
     ) -> None:
         """Start the child in a session of its own: a Ctrl-C in the terminal must reach us only."""
-        with self.log.open("ab") as log:
+        with self.log.open("ab") as log, self._turn:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -104,7 +106,7 @@ class Server:
         process = self.process
         if process is None or process.wait(deadline_s) != 0:
             raise ServerFailed(f"{Path(command[0]).name} failed before {self.name} could start:\n{self.last_lines()}")
-        self.process = None
+        self._is_gone(process)
 
     def wait_until_ready(self, *, deadline_s: float = START_DEADLINE_S) -> None:
         """Poll `is_ready`. Raises ServerFailed when the child ends or the deadline passes."""
@@ -156,7 +158,12 @@ class Server:
         give_up = time.monotonic() + STOP_DEADLINE_S
         while any(_runs(child) for child in children) and time.monotonic() < give_up:
             time.sleep(0.01)
-        self.process = None
+        self._is_gone(process)
+
+    def _is_gone(self, process: subprocess.Popen[bytes]) -> None:
+        with self._turn:
+            if self.process is process:  # else its successor runs already, and must not be forgotten
+                self.process = None
 
 
 class Postgres(Server):

@@ -269,3 +269,22 @@ def test_as_root_programs_out_of_reach_are_copied_and_a_closed_folder_is_refused
         server.start()
     finally:
         server.stop()
+
+
+def test_a_child_that_starts_while_its_predecessor_is_ended_is_not_forgotten(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, children = Server(directory), servers._children
+    server.spawn(["sleep", "60"])
+    first = server.pid
+
+    def meanwhile(pid: int) -> list[int]:
+        if pid == first:
+            server.spawn(["sleep", "60"])  # as PostgreSQL after initdb, in another thread
+        return children(pid)
+
+    monkeypatch.setattr(servers, "_children", meanwhile)
+    server.kill()
+    assert server.pid != first
+    server.kill()
+    assert at_work_in(directory) == []
