@@ -1,0 +1,171 @@
+"""How to reach Kafka: addresses, TLS, login, why brokers refuse us, and how to let go of a client that hangs."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+from aiokafka.abc import AbstractTokenProvider
+from aiokafka.conn import collect_hosts, create_conn
+from aiokafka.errors import (
+    CommitFailedError,
+    CorruptRecordException,
+    IllegalSaslStateError,
+    KafkaConnectionError,
+    KafkaError,
+    RecordTooLargeError,
+    SaslAuthenticationFailed,
+    UnsupportedCodecError,
+    UnsupportedSaslMechanismError,
+)
+
+from consumer.errors import ConfigError, ServiceError, Unavailable
+
+POLL_RECORDS: Final = 500  # 4 000 costs 1.6x the CPU per record (measured)
+POLL_MS: Final = 500
+CALL_DEADLINE_S: Final = 10.0  # commits and look-ups hang while brokers are away; below the session's patience
+START_DEADLINE_S: Final = 30.0
+STOP_DEADLINE_S: Final = 2.0
+KNOCK_DEADLINE_S: Final = 10.0  # to ask a broker why it does not take us
+BROKEN_BYTES: Final = (
+    CorruptRecordException, RecordTooLargeError, UnsupportedCodecError,
+    ValueError, IndexError, TypeError, AssertionError, OverflowError, MemoryError,
+)  # fmt: skip
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """How to reach the brokers. `security` are the keyword arguments aiokafka's clients share (TLS, SASL)."""
+
+    bootstrap_servers: str
+    security: Mapping[str, object]
+    client_id: str = "campaign-stats"
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for any client."""
+        return {
+            "bootstrap_servers": self.bootstrap_servers.split(","),
+            "client_id": self.client_id,
+            "metadata_max_age_ms": 60_000,
+            **self.security,
+        }
+
+
+def tls_context(cafile: Path | None) -> ssl.SSLContext:
+    """A client context that checks certificates and host names, against the system's authorities without `cafile`.
+
+    Raises OSError or ValueError for a file that cannot be used.
+    """
+    return ssl.create_default_context(cafile=cafile)
+
+
+def present(context: ssl.SSLContext, certfile: Path, keyfile: Path) -> None:
+    """Present this certificate to brokers that ask. Raises OSError or ValueError for files that cannot be used."""
+    context.load_cert_chain(certfile, keyfile, password="")  # without one, OpenSSL asks for it on the terminal
+
+
+class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]  # aiokafka has no types
+    """Gives aiokafka the tokens of OAUTHBEARER; failing to get one is for it a connection that failed."""
+
+    def __init__(self, token: Callable[[], Awaitable[str]]) -> None:
+        self._token = token
+
+    async def token(self) -> str:
+        """Called for every new connection."""
+        try:
+            return await self._token()
+        except ServiceError as error:
+            raise KafkaConnectionError(str(error)) from error
+
+
+async def refusals(connection: Connection) -> list[str]:
+    """What a person must put right, a sentence each, where brokers answer that TLS or login is wrong; none when one
+    of them takes us or none answers. aiokafka itself says only that no broker could be had, so each is asked here.
+    """
+    addresses = [(host, port) for host, port, _ in collect_hosts(connection.bootstrap_servers, randomize=False)]
+    errors = await asyncio.gather(*(_knock(connection, host, port) for host, port in addresses))
+    if None in errors:
+        return []
+    found = [_refusal(f"{host}:{port}", error) for (host, port), error in zip(addresses, errors, strict=True)]
+    return list(dict.fromkeys(problem for problems in found for problem in problems))
+
+
+async def _knock(connection: Connection, host: str, port: int) -> BaseException | None:
+    """Connect and log in; the error, or None when the broker took us."""
+    try:
+        async with asyncio.timeout(KNOCK_DEADLINE_S):
+            visit = await create_conn(host, port, client_id=connection.client_id, **connection.security)
+    except (KafkaError, OSError, TimeoutError) as error:
+        return error
+    await asyncio.wait([visit.close()], timeout=STOP_DEADLINE_S)
+    return None
+
+
+def _refusal(address: str, error: BaseException | None) -> Sequence[str]:
+    """Sentences, if this error of connecting is an answer; none for one that may pass."""
+    while error is not None:
+        if isinstance(error, ConfigError):
+            return error.problems
+        if isinstance(error, ssl.SSLCertVerificationError):
+            why = f"the certificate of {address} is not accepted ({error.verify_message.rstrip('.')})"
+            return [f"Kafka: {why}; check CAMPAIGN_STATS_KAFKA_SSL_CAFILE and the names in KAFKA_BOOTSTRAP_SERVERS"]
+        if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
+            why = f"{address} refuses our side of TLS ({error.reason})"
+            return [f"Kafka: {why}; check CAMPAIGN_STATS_KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE"]
+        if isinstance(error, SaslAuthenticationFailed):
+            return [
+                f"Kafka: {address} refuses the login; check CAMPAIGN_STATS_KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD"
+            ]
+        if isinstance(error, (UnsupportedSaslMechanismError, IllegalSaslStateError)):
+            why = f"{address} does not offer this kind of login"
+            return [f"Kafka: {why}; check CAMPAIGN_STATS_KAFKA_SASL_MECHANISM and KAFKA_SECURITY_PROTOCOL"]
+        error = error.__cause__
+    return ()
+
+
+@asynccontextmanager
+async def refused_is_an_error(connection: Connection) -> AsyncIterator[None]:
+    """At start: Unavailable becomes ConfigError when the brokers are there but refuse us."""
+    try:
+        yield
+    except Unavailable as error:
+        if problems := await refusals(connection):
+            raise ConfigError(problems) from error
+        raise
+
+
+@contextmanager
+def said(doing: str) -> Iterator[None]:
+    """Raise Unavailable for what the client raises while `doing` this; BROKEN_BYTES and refused commits go through."""
+    try:
+        yield
+    except (CorruptRecordException, RecordTooLargeError, UnsupportedCodecError, CommitFailedError):
+        raise
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise Unavailable("kafka", f"{type(error).__name__} while {doing}") from error
+
+
+async def close(client: Any, deadline_s: float) -> bool:
+    """Stop a consumer, producer or admin client: it may hang while brokers are away and raise CancelledError.
+
+    Whether it stopped in time.
+    """
+    stop = getattr(client, "stop", None) or client.close
+    task = asyncio.ensure_future(stop())
+    done, _ = await asyncio.wait([task], timeout=deadline_s)
+    if done:
+        if not task.cancelled() and task.exception() is not None:
+            log.debug("client stopped with an error", error=type(task.exception()).__name__)
+        return True
+    task.cancel()
+    inner = getattr(client, "_client", None) or getattr(client, "client", None)
+    if inner is not None:
+        closing = asyncio.ensure_future(inner.close())
+        await asyncio.wait([closing, task], timeout=1)
+    return False

@@ -1,0 +1,314 @@
+"""Our membership in the consumer group: poll, pause, commit, and step past bytes that nobody can hand out."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.errors import (
+    CommitFailedError,
+    CorruptRecordException,
+    IllegalStateError,
+    KafkaError,
+    RebalanceInProgressError,
+    RecordTooLargeError,
+    UnsupportedCodecError,
+)
+
+from consumer.broker.link import (
+    CALL_DEADLINE_S,
+    POLL_MS,
+    POLL_RECORDS,
+    START_DEADLINE_S,
+    STOP_DEADLINE_S,
+    Connection,
+    close,
+)
+from consumer.envelope import Record
+from consumer.errors import OwnershipLost, Unavailable
+from consumer.generation import Partition, Passed
+
+LOOK_UP_DEADLINE_S: Final = 3.0  # of gauges: how soon a silent broker is noticed
+STEP_MS: Final = 100  # one fetch behind broken bytes
+
+log = structlog.get_logger(__name__)
+
+Revoked = Callable[[], Awaitable[None]]
+Assigned = Callable[[Sequence[Partition]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one poll brought from one partition: records in offset order and the offset to read next."""
+
+    partition: Partition
+    records: Sequence[Record]
+    next_offset: int
+
+
+class Source:
+    """Our membership in the consumer group: poll, pause, commit. Offsets move by explicit commits only."""
+
+    def __init__(self, connection: Connection, topics: Sequence[str], group_id: str, *, fetch_max_wait_ms: int) -> None:
+        self._connection = connection
+        self._topics = list(topics)
+        self._group_id = group_id
+        self._fetch_max_wait_ms = fetch_max_wait_ms
+        self._consumer: Any = None
+        self._next: dict[Any, int] = {}  # per partition: one after the last offset handed out
+        self._batches: list[Batch] = []  # read, but not handed out yet: kept when a later call of the same poll fails
+        self._passed: list[Passed] = []
+        self._must_isolate = False
+        self._epoch = 0  # rises whenever partitions are taken or given
+        self._broken: dict[Any, tuple[int, int, str]] = {}  # per partition: first offset, offset to try, error
+
+    async def start(self, revoked: Revoked, assigned: Assigned) -> None:
+        """Join the group. Raises Unavailable when the brokers cannot be reached in time; may then be called again.
+
+        `revoked` is awaited before partitions are taken (always all of them); `assigned` is called with the new ones.
+        """
+        consumer = AIOKafkaConsumer(
+            **self._connection.arguments(),
+            group_id=self._group_id,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            session_timeout_ms=15_000,
+            heartbeat_interval_ms=1_000,  # a graceful leave idles its partitions until the others' next heartbeat
+            rebalance_timeout_ms=30_000,
+            request_timeout_ms=40_000,  # must exceed the rebalance timeout
+            fetch_max_wait_ms=self._fetch_max_wait_ms,
+            max_poll_records=POLL_RECORDS,
+            partition_assignment_strategy=[RoundRobinPartitionAssignor],  # exactly one: k assignors send k JoinGroups
+        )
+        consumer.subscribe(topics=self._topics, listener=_Listener(self, revoked, assigned))
+        try:
+            async with asyncio.timeout(START_DEADLINE_S):
+                await consumer.start()
+        except (KafkaError, OSError, TimeoutError) as error:
+            await close(consumer, STOP_DEADLINE_S)
+            raise Unavailable("kafka", f"{type(error).__name__} while joining the group") from error
+        except asyncio.CancelledError:
+            await close(consumer, STOP_DEADLINE_S)
+            raise
+        self._consumer = consumer
+
+    async def poll(self) -> tuple[list[Batch], list[Passed]]:
+        """Wait up to half a second for records; also what had to be passed over because it cannot be handed out.
+
+        Raises Unavailable. Awaited without a time limit: cancelling it would switch off the client's own checks.
+        """
+        if self._must_isolate:
+            await self._isolate()
+        for partition in list(self._broken):
+            await self._step_past(partition)
+        readable = [partition for partition in self._consumer.assignment() if partition not in self._broken]
+        if readable or not self._broken:
+            try:
+                found = await self._getmany(readable if self._broken else (), POLL_MS)
+            except _BytesError as error:
+                log.warning("unreadable bytes in a fetch", error=str(error))
+                self._must_isolate = True
+            else:
+                for partition, records in found.items():
+                    self._hand_out(partition, records, records[-1].offset + 1)
+                if not found:
+                    await self._notice_moves(readable)
+        batches, self._batches = self._batches, []
+        passed, self._passed = self._passed, []
+        return batches, passed
+
+    def forget(self) -> None:
+        """Partitions are being taken away: nothing of them may survive into the next assignment."""
+        self._epoch += 1
+        self._next.clear()
+        self._broken.clear()
+        self._batches.clear()
+        self._passed.clear()
+        self._must_isolate = False
+
+    def pause(self) -> None:
+        """Fetch nothing more from the partitions assigned now."""
+        self._consumer.pause(*self._consumer.assignment())
+
+    def resume(self) -> None:
+        """Fetch again."""
+        self._consumer.resume(*self._consumer.assignment())
+
+    async def commit(self, offsets: Mapping[Partition, int]) -> None:
+        """Commit the next offsets to read. Raises OwnershipLost when they are no longer ours, Unavailable else."""
+        assigned = self._consumer.assignment()
+        wanted = {TopicPartition(*partition): offset for partition, offset in offsets.items()}
+        if not wanted.keys() <= assigned:
+            raise OwnershipLost("a partition was taken away before its offsets were committed")
+        try:
+            async with asyncio.timeout(CALL_DEADLINE_S):
+                await self._consumer.commit(wanted)
+        except (IllegalStateError, CommitFailedError, RebalanceInProgressError) as error:
+            raise OwnershipLost(f"commit refused: {type(error).__name__}") from error
+        except (KafkaError, TimeoutError) as error:
+            raise Unavailable("kafka", f"{type(error).__name__} while committing") from error
+
+    async def ends(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """The offset after the last record of each partition. Raises Unavailable."""
+        return await self._look_up(self._consumer.end_offsets, partitions)
+
+    async def committed(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """The group's committed offset of each partition that has one. Raises Unavailable."""
+        found = {}
+        try:
+            async with asyncio.timeout(LOOK_UP_DEADLINE_S):
+                for partition in partitions:
+                    offset = await self._consumer.committed(TopicPartition(*partition))
+                    if offset is not None:
+                        found[partition] = offset
+        except (KafkaError, TimeoutError) as error:
+            raise Unavailable("kafka", f"{type(error).__name__} while reading offsets") from error
+        return found
+
+    async def starts(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """The first offset still kept of each partition. Raises Unavailable."""
+        return await self._look_up(self._consumer.beginning_offsets, partitions)
+
+    async def stop(self, deadline_s: float) -> None:
+        """Leave the group; never hangs and never raises."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            await close(consumer, deadline_s)
+
+    async def _look_up(
+        self, call: Callable[[list[Any]], Awaitable[dict[Any, int]]], partitions: Sequence[Partition]
+    ) -> dict[Partition, int]:
+        if not partitions:
+            return {}
+        try:
+            async with asyncio.timeout(LOOK_UP_DEADLINE_S):
+                found = await call([TopicPartition(*partition) for partition in partitions])
+        except (KafkaError, TimeoutError) as error:
+            raise Unavailable("kafka", f"{type(error).__name__} while reading offsets") from error
+        return {(partition.topic, partition.partition): offset for partition, offset in found.items()}
+
+    async def _getmany(
+        self, partitions: Sequence[Any], timeout_ms: int, *, records: int = POLL_RECORDS
+    ) -> dict[Any, list[Any]]:
+        try:
+            found: dict[Any, list[Any]] = await self._consumer.getmany(
+                *partitions, timeout_ms=timeout_ms, max_records=records
+            )
+        except (CorruptRecordException, RecordTooLargeError, UnsupportedCodecError) as error:
+            raise _BytesError(type(error).__name__) from error
+        except KafkaError as error:
+            raise Unavailable("kafka", f"{type(error).__name__} while reading") from error
+        except (ValueError, IndexError, TypeError, AssertionError, OverflowError, MemoryError) as error:
+            raise _BytesError(type(error).__name__) from error  # header key not UTF-8, broken compression, ...
+        return found
+
+    def _hand_out(self, partition: Any, records: Sequence[Any], next_offset: int) -> None:
+        self._next[partition] = next_offset
+        self._batches.append(Batch((partition.topic, partition.partition), records, next_offset))
+
+    async def _notice_moves(self, partitions: Sequence[Any]) -> None:
+        """Positions also move without records: past transaction markers, or to the start of what retention left."""
+        epoch = self._epoch
+        for partition in partitions:
+            try:
+                async with asyncio.timeout(STEP_MS / 1000):
+                    position = await self._consumer.position(partition)
+            except (KafkaError, TimeoutError):
+                continue
+            if epoch != self._epoch:
+                return
+            if partition in self._next and position <= self._next[partition]:
+                continue
+            self._hand_out(partition, (), position)
+
+    async def _position(self, partition: Any) -> int:
+        try:
+            async with asyncio.timeout(STEP_MS / 1000):
+                position: int = await self._consumer.position(partition)
+        except (KafkaError, TimeoutError):
+            return 0
+        return position
+
+    async def _isolate(self) -> None:
+        """One partition's bytes broke the whole poll: begin again where we were, and ask each partition alone.
+
+        The client has forgotten records that it read before the broken ones, so every partition goes back to the last
+        offset it handed out. The next polls walk on in each of them, one record at a time, to where good ones go on.
+        """
+        epoch, assigned = self._epoch, sorted(self._consumer.assignment())
+        names = [(partition.topic, partition.partition) for partition in assigned if partition not in self._next]
+        known = {**await self.starts(names), **await self.committed(names)}
+        if epoch != self._epoch:
+            return  # taken away meanwhile
+        for partition in assigned:
+            begin = self._next.get(partition, known.get((partition.topic, partition.partition), 0))
+            self._next[partition] = begin
+            self._consumer.seek(partition, begin)
+            self._broken[partition] = (begin, begin, "")
+        self._must_isolate = False
+
+    async def _step_past(self, partition: Any) -> None:
+        """Go on record by record: hand out what can be, and count as passed what cannot, until a fetch succeeds again.
+
+        The client reads lazily, so records of the same batch before the broken ones come out; those after them cannot.
+        """
+        name, epoch = (partition.topic, partition.partition), self._epoch
+        for _ in range(POLL_RECORDS):
+            if partition not in self._broken:
+                return  # taken away while another one was asked
+            first, at, why = self._broken[partition]
+            try:
+                found = await self._getmany([partition], STEP_MS, records=1)
+            except _BytesError as error:
+                if epoch != self._epoch:
+                    return
+                self._broken[partition] = (first, at + 1, str(error))
+                self._consumer.seek(partition, at + 1)
+                return
+            records = found.get(partition, [])
+            if epoch != self._epoch:
+                if records:  # the client waited for the new assignment and read on there
+                    self._hand_out(partition, records, records[-1].offset + 1)
+                return
+            if records:
+                next_offset = records[-1].offset + 1
+                self._broken[partition] = (next_offset, next_offset, "")
+                self._hand_out(partition, records, next_offset)
+            else:
+                end = (await self.ends([name]))[name]
+                if epoch != self._epoch:
+                    return
+                at = max(at, await self._position(partition))  # transaction markers and retention move it too
+                if epoch != self._epoch or at < end:
+                    return  # not fetched yet
+            if why:
+                last = (records[0].offset if records else at) - 1
+                self._passed.append(Passed(name, first, last, why, too_large=why == RecordTooLargeError.__name__))
+            if why or not records:
+                self._broken.pop(partition, None)  # past it; the next poll reads on as usual
+                if not records:
+                    self._hand_out(partition, (), at)
+                return
+
+
+class _BytesError(Exception):
+    """The client cannot hand out some record of this fetch; the message is the class of its error."""
+
+
+class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has no types
+    def __init__(self, source: Source, revoked: Revoked, assigned: Assigned) -> None:
+        self._source = source
+        self._revoked = revoked
+        self._assigned = assigned
+
+    async def on_partitions_revoked(self, revoked: Any) -> None:
+        self._source.forget()
+        await self._revoked()
+
+    async def on_partitions_assigned(self, assigned: Any) -> None:
+        self._source.forget()  # polling went on between the two calls
+        self._assigned([(partition.topic, partition.partition) for partition in assigned])
