@@ -56,7 +56,7 @@ async def session(url: str) -> AsyncIterator[Connection]:
 async def still_wrong(url: str) -> list[str]:
     """What is wrong with a database now, asked in this process."""
     async with session(url) as connection:
-        checks = await doctor.examine_connection(connection, Limits())
+        checks = await doctor.database.examine_connection(connection, Limits())
         return [finding.wrong for _, findings in checks for finding in findings]
 
 
@@ -342,7 +342,7 @@ async def test_every_missing_column_of_the_product_is_named_with_a_statement_tha
         for table, columns in migrations.PRODUCT_COLUMNS.items():
             for column in columns:
                 await db.execute(f"ALTER TABLE {table} DROP COLUMN {column} CASCADE")
-                checks = dict(await doctor.examine_connection(connection, Limits()))
+                checks = dict(await doctor.database.examine_connection(connection, Limits()))
                 [finding] = checks["product tables"]
                 assert (finding.level, finding.wrong) == ("error", f"table public.{table} lacks {column}")
                 await db.execute(finding.mend)
@@ -418,12 +418,12 @@ async def test_every_single_right_that_is_revoked_is_named_with_the_grant_that_g
     async with session(url_of(role, database_url)) as connection:
         for level, right in rights:
             await db.execute(f"REVOKE {right} FROM {role}")
-            checks = dict(await doctor.examine_connection(connection, Limits()))
+            checks = dict(await doctor.database.examine_connection(connection, Limits()))
             assert [(finding.level, finding.mend) for finding in checks["rights"]] == [
                 (level, f"GRANT {right} TO {role};")
             ]
             await db.execute(checks["rights"][0].mend)
-        checks = dict(await doctor.examine_connection(connection, Limits()))
+        checks = dict(await doctor.database.examine_connection(connection, Limits()))
         assert not any(checks.values()), checks
 
 
@@ -564,7 +564,7 @@ async def test_a_standby_is_told(environment: dict[str, str], servers_directory:
 
 @pytest.mark.parametrize(("number", "is_old"), [(140_011, True), (150_000, False), (180_001, False)])
 def test_a_postgresql_older_than_15_is_told(number: int, is_old: bool) -> None:
-    finding = doctor.version_finding(number)
+    finding = doctor.database.version_finding(number)
     assert (finding is not None and finding.level == "error" and "PostgreSQL 14 is older" in finding.wrong) is is_old
 
 
@@ -576,14 +576,14 @@ def test_a_clock_read_meanwhile_is_off_only_by_what_lies_outside(
     before: float, server: float, after: float, offset_s: float
 ) -> None:
     moments = [datetime(2026, 4, 18, tzinfo=UTC) + timedelta(seconds=seconds) for seconds in (before, server, after)]
-    assert doctor.clock_offset_s(*moments) == offset_s
+    assert doctor.database.clock_offset_s(*moments) == offset_s
 
 
 @pytest.mark.parametrize(
     ("offset_s", "words"), [(0, None), (5, None), (-5, None), (5.1, "5 s ahead of"), (-3600, "3600 s behind")]
 )
 def test_a_clock_that_is_more_than_five_seconds_off_is_a_warning(offset_s: float, words: str | None) -> None:
-    finding = doctor.clock_finding(offset_s)
+    finding = doctor.database.clock_finding(offset_s)
     if words is None:
         assert finding is None
     else:
@@ -644,7 +644,7 @@ def test_too_few_replicas_come_with_a_plan_that_keeps_what_is_there_and_spreads_
     names = Topics("")
     good, lonely = TopicShape({0: (1, 2), 1: (2, 3)}, "delete"), TopicShape({0: (4,), 1: (1,)}, "delete")
     shapes = {name: lonely if name == names.read[0] else good for name in names.all}
-    checks = dict(doctor.topic_findings(Cluster((1, 2, 3, 4), shapes), names, "--bootstrap-server h:1"))
+    checks = dict(doctor.kafka.topic_findings(Cluster((1, 2, 3, 4), shapes), names, "--bootstrap-server h:1"))
     [found] = checks["replicas"]
     echo, execute = found.mend.splitlines()
     plan = json.loads(echo.removeprefix("echo '").removesuffix("' > replicas.json"))
@@ -661,5 +661,5 @@ def test_too_few_replicas_come_with_a_plan_that_keeps_what_is_there_and_spreads_
 def test_a_cleanup_policy_that_may_not_be_read_is_a_warning() -> None:
     names = Topics("")
     shapes = {name: TopicShape({0: (1, 2), 1: (2, 1)}, None) for name in names.all}
-    checks = dict(doctor.topic_findings(Cluster((1, 2), shapes), names, ""))
+    checks = dict(doctor.kafka.topic_findings(Cluster((1, 2), shapes), names, ""))
     assert [finding.level for finding in checks["cleanup policy"]] == ["warning"] * 6

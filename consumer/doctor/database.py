@@ -1,188 +1,37 @@
-"""`campaign-stats doctor`: what is wrong, what follows, and the command or SQL that mends it. Changes nothing."""
+"""Checks of the database, with the rights of the connected role; they change nothing."""
 
-import asyncio
-import json
 import re
-import shlex
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
 from importlib import resources
 from typing import Final
 
 import asyncpg
-from pydantic import ValidationError
-from rich.console import Console
 
-from consumer import broker, migrations
-from consumer.broker import Cluster, TopicShape
+from consumer import migrations
 from consumer.database import Connection, Database, override, statement
+from consumer.doctor.findings import Finding, a_warning, an_error, not_checked, setting_finding
 from consumer.errors import ConfigError, ServiceError, Unavailable
 from consumer.guard import Limits, resolve
-from consumer.service import kafka_connection
-from consumer.settings import PREFIX, UNUSED, Settings, read_settings
-from schemas.topics import Topics
+from consumer.settings import PREFIX
 
 OLDEST_POSTGRESQL: Final = 15
 CLOCK_TOLERANCE_S: Final = 5.0
-PARTITIONS: Final = 12  # as `topics --create` makes them
-REPLICATION: Final = 3
 SHARDS: Final = 32
-AGAIN: Final = "campaign-stats doctor"
-
 DOOR_TABLES: Final = ("accounts", "campaign_sender_accounts")
-
-SETTING_EXAMPLES: Final = {  # first match by prefix; everything else is put back to its default
-    "DATABASE_URL": "export DATABASE_URL='postgresql://user:password@host:5432/database'",
-    "KAFKA_BOOTSTRAP_SERVERS": "export KAFKA_BOOTSTRAP_SERVERS='host:9092'",
-    f"{PREFIX}KAFKA_SASL": (
-        f"export {PREFIX}KAFKA_SECURITY_PROTOCOL=SASL_SSL {PREFIX}KAFKA_SASL_MECHANISM=SCRAM-SHA-512"
-        f" {PREFIX}KAFKA_SASL_USERNAME='user' {PREFIX}KAFKA_SASL_PASSWORD='password'"
-    ),
-    f"{PREFIX}KAFKA_SSL": (
-        f"export {PREFIX}KAFKA_SSL_CAFILE='ca.pem' {PREFIX}KAFKA_SSL_CERTFILE='client.pem'"
-        f" {PREFIX}KAFKA_SSL_KEYFILE='client.key'"
-    ),
-    f"{PREFIX}GUARD_*": f"unset {PREFIX}GUARD_THRESHOLD_BP {PREFIX}GUARD_MIN_SENT {PREFIX}GUARD_WINDOW",
-}
-
-
-class Level(StrEnum):
-    """How bad: `run` works as designed, works with a drawback, or does not."""
-
-    OK = "ok"
-    WARNING = "warning"
-    ERROR = "error"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is not as it should be; `mend` is a command line or SQL that can be copied as it stands."""
-
-    level: Level
-    wrong: str
-    follows: str
-    mend: str
-
-
-def _error(wrong: str, follows: str, mend: str) -> Finding:
-    return Finding(Level.ERROR, wrong, follows, mend)
-
-
-def _warning(wrong: str, follows: str, mend: str) -> Finding:
-    return Finding(Level.WARNING, wrong, follows, mend)
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What every check found, in the order of the checks; nothing found is good."""
-
-    checks: Sequence[tuple[str, Sequence[Finding]]]
-
-    @property
-    def ok(self) -> bool:
-        """At most warnings."""
-        return not any(finding.level is Level.ERROR for _, findings in self.checks for finding in findings)
-
-    def document(self) -> dict[str, object]:
-        """The shape of `doctor --json`: one element per finding, and one per check that found nothing."""
-        lines: list[dict[str, object]] = []
-        for check, findings in self.checks:
-            lines += [{"check": check, **asdict(finding)} for finding in findings]
-            if not findings:
-                lines.append({"check": check, "level": Level.OK, "wrong": None, "follows": None, "mend": None})
-        return {"ok": self.ok, "checks": lines}
-
-    def show(self) -> None:
-        """A list on stdout. Never folded, so that what mends can be copied from a narrow terminal too."""
-        for check, findings in self.checks:
-            for finding in findings:
-                print(f"{finding.level:<8} {check}: {_printable(finding.wrong)}")
-                print(f"         follows: {_printable(finding.follows)}")
-                first, *rest = finding.mend.splitlines()
-                print(f"         mend:    {_printable(first)}")
-                for line in rest:
-                    print(f"                  {_printable(line)}")
-            if not findings:
-                print(f"{Level.OK:<8} {check}")
-        counts = {
-            level: sum(finding.level is level for _, findings in self.checks for finding in findings)
-            for level in (Level.ERROR, Level.WARNING)
-        }
-        print(f"{counts[Level.ERROR]} errors, {counts[Level.WARNING]} warnings.", end="")
-        print(" SQL is for psql as the owner of the tables, the rest for a shell." if any(counts.values()) else "")
-
-
-def _printable(text: str) -> str:
-    """Names in a database may hold anything, but not play with the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
-async def examine() -> Report:
-    """Every check; what keeps one from being made never hides another's findings."""
-    connection: broker.Connection | None = None
-    try:
-        problems = list(_settings_problems())
-        kafka = _settings_of("kafka_", "topic_prefix", "cdc_topic")
-        if kafka is not None:
-            connection = kafka_connection(kafka)
-    except ConfigError as error:
-        problems += error.problems
-    database, guard, api = _settings_of("database_url"), _settings_of("guard_"), _settings_of("api_")
-    with Console(stderr=True).status("asking the servers"):
-        about_database, about_kafka = await asyncio.gather(
-            _unknown("database", "DATABASE_URL")
-            if database is None
-            else _examine_database(
-                database.database_url.get_secret_value(),
-                guard.limits if guard else Limits(),
-                bool(api and api.api_tokens),
-            ),
-            _unknown("kafka", "KAFKA_*") if kafka is None or connection is None else _examine_kafka(connection, kafka),
-        )
-    return Report([("settings", [_setting_finding(problem) for problem in problems]), *about_database, *about_kafka])
-
-
-# Settings
-
-
-def _settings_problems() -> Sequence[str]:
-    try:
-        read_settings()
-    except ConfigError as error:
-        return error.problems
-    return ()
-
-
-def _settings_of(*names: str) -> Settings | None:
-    """Only the settings that begin so are read, all others are their defaults; None when one of these is wrong."""
-    others = {
-        name: UNUSED.get(name) or field.get_default(call_default_factory=True, validated_data={})
-        for name, field in Settings.model_fields.items()
-        if not name.startswith(names)
-    }
-    try:
-        return Settings(**others)  # type: ignore[arg-type]  # pydantic checks them
-    except (ValidationError, ConfigError):
-        return None
-
-
-def _setting_finding(problem: str) -> Finding:
-    name = re.split(r"[: ]", problem, maxsplit=1)[0]
-    mend = next((example for prefix, example in SETTING_EXAMPLES.items() if name.startswith(prefix)), f"unset {name}")
-    return _error(problem, "`run` does not start: it ends with exit code 2", mend)
-
-
-async def _unknown(check: str, names: str) -> list[tuple[str, list[Finding]]]:
-    return [(check, [_not_checked(f"{names} cannot be used as it is")])]
-
-
-def _not_checked(why: str) -> Finding:
-    return _error(f"not checked: {why}", "nothing is known about it", f"{AGAIN}  # once the rest is mended")
-
-
-# Database
+MADE: Final = re.compile(
+    r"""^CREATE\ TABLE\ campaign_stats\.(?P<table>\w+)\ \(.*?;$
+      | ^INSERT\ INTO\ campaign_stats\.(?P<rows>\w+)\ .*?;$
+      | ^CREATE\ (?:UNIQUE\ )?INDEX\ (?:CONCURRENTLY\ )?(?:IF\ NOT\ EXISTS\ )?(?P<index>\w+)
+        \s+ON\ (?P<schema>\w+)\..*?;$
+      | ^CREATE\ (?:OR\ REPLACE\ )?FUNCTION\ campaign_stats\.(?P<function>\w+)\(.*?
+        \$(?P<quote>\w*)\$(?P<body>.*?)\$(?P=quote)\$[^;]*;
+      | ^CREATE\ (?:OR\ REPLACE\ )?TRIGGER\ (?P<trigger>\w+)\s.*?;$
+      | ^DROP\ (?P<kind>TABLE|INDEX|FUNCTION|TRIGGER)\ (?:CONCURRENTLY\ )?(?:IF\ EXISTS\ )?(?:(?P<where>\w+)\.)?
+        (?P<dropped>\w+)""",
+    re.MULTILINE | re.DOTALL | re.VERBOSE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,20 +47,6 @@ class Expected:
     functions: dict[str, str]
     bodies: dict[str, str]
     triggers: dict[str, str]
-
-
-MADE: Final = re.compile(
-    r"""^CREATE\ TABLE\ campaign_stats\.(?P<table>\w+)\ \(.*?;$
-      | ^INSERT\ INTO\ campaign_stats\.(?P<rows>\w+)\ .*?;$
-      | ^CREATE\ (?:UNIQUE\ )?INDEX\ (?:CONCURRENTLY\ )?(?:IF\ NOT\ EXISTS\ )?(?P<index>\w+)
-        \s+ON\ (?P<schema>\w+)\..*?;$
-      | ^CREATE\ (?:OR\ REPLACE\ )?FUNCTION\ campaign_stats\.(?P<function>\w+)\(.*?
-        \$(?P<quote>\w*)\$(?P<body>.*?)\$(?P=quote)\$[^;]*;
-      | ^CREATE\ (?:OR\ REPLACE\ )?TRIGGER\ (?P<trigger>\w+)\s.*?;$
-      | ^DROP\ (?P<kind>TABLE|INDEX|FUNCTION|TRIGGER)\ (?:CONCURRENTLY\ )?(?:IF\ EXISTS\ )?(?:(?P<where>\w+)\.)?
-        (?P<dropped>\w+)""",
-    re.MULTILINE | re.DOTALL | re.VERBOSE,
-)
 
 
 def expected_of(applied: Sequence[migrations.Migration]) -> Expected:
@@ -248,7 +83,7 @@ def _drop(expected: Expected, kind: str, schema: str | None, name: str) -> None:
         expected.triggers.pop(name, None)
 
 
-async def _examine_database(url: str, limits: Limits, api: bool) -> list[tuple[str, list[Finding]]]:
+async def examine_database(url: str, limits: Limits, api: bool) -> list[tuple[str, list[Finding]]]:
     database = Database(url, size=1)
     try:
         await database.open()
@@ -256,13 +91,13 @@ async def _examine_database(url: str, limits: Limits, api: bool) -> list[tuple[s
         async with database.connection() as connection:
             return [("database", []), *await examine_connection(connection, limits, api=api)]
     except ConfigError as error:
-        return [("database", [_setting_finding(problem) for problem in error.problems])]
+        return [("database", [setting_finding(problem) for problem in error.problems])]
     except Unavailable as error:
         return [
             (
                 "database",
                 [
-                    _error(
+                    an_error(
                         f"cannot be asked ({error.detail})",
                         "`run` waits for it, alive but not ready: nothing is recounted, no campaign is paused",
                         "psql \"$DATABASE_URL\" -c 'SELECT 1'  # until it works: host, port, firewall, is it running?",
@@ -318,16 +153,16 @@ async def _made(check: Callable[[Connection], Awaitable[list[Finding]]], connect
     try:
         return await check(connection)
     except asyncpg.PostgresError as error:
-        return [_not_checked(f"{type(error).__name__} ({error.sqlstate})")]
+        return [not_checked(f"{type(error).__name__} ({error.sqlstate})")]
     except (asyncpg.InterfaceError, OSError, TimeoutError, ServiceError) as error:
-        return [_not_checked(type(error).__name__)]
+        return [not_checked(type(error).__name__)]
 
 
 def version_finding(server_version_num: int) -> Finding | None:
     """What is wrong with this `server_version_num` (150004 is 15.4), if anything."""
     if server_version_num >= OLDEST_POSTGRESQL * 10_000:
         return None
-    return _error(
+    return an_error(
         f"PostgreSQL {server_version_num // 10_000} is older than {OLDEST_POSTGRESQL}",
         "nothing was tried there: statements may be refused or be slow",
         f"pg_upgrade --help  # to PostgreSQL {OLDEST_POSTGRESQL} or newer",
@@ -343,7 +178,7 @@ async def _writable(connection: Connection) -> list[Finding]:
     follows = "`run` waits, alive but not ready: every recount is a write"
     if await connection.fetchval("SELECT pg_is_in_recovery()"):
         return [
-            _error(
+            an_error(
                 "this server is a standby: it only reads",
                 follows,
                 "psql \"$DATABASE_URL\" -c 'SELECT pg_promote()'  # or let DATABASE_URL name the primary, or all hosts"
@@ -364,7 +199,7 @@ async def _writable(connection: Connection) -> list[Finding]:
     }
     everywhere = "ALTER SYSTEM SET default_transaction_read_only = off; SELECT pg_reload_conf();"
     return [
-        _error(
+        an_error(
             "sessions may only read (default_transaction_read_only is on)",
             follows,
             mends.get(row["source"], everywhere),
@@ -381,7 +216,7 @@ async def _product_tables(connection: Connection) -> list[Finding]:
             raise LookupError(f"{table} is no table of the reference schema")
         if absent is None:
             findings.append(
-                _error(
+                an_error(
                     f"table public.{table} is missing", "`run` does not start; is this the product's database?", made[0]
                 )
             )
@@ -389,7 +224,7 @@ async def _product_tables(connection: Connection) -> list[Finding]:
         types = dict(re.findall(r"^    (\w+) +(\w+)", made[0], re.MULTILINE))
         adds = ", ".join(f"ADD COLUMN {column} {types[column]}" for column in absent)
         findings.append(
-            _error(
+            an_error(
                 f"table public.{table} lacks {', '.join(absent)}",
                 "`run` does not start: it reads or writes these",
                 f"ALTER TABLE public.{table} {adds};",
@@ -406,7 +241,7 @@ async def _schema_version(connection: Connection) -> list[Finding]:
     if not pending:
         return []
     return [
-        _error(
+        an_error(
             f"the database is older than this code: it lacks {', '.join(pending)}",
             "`run` does not start",
             "campaign-stats migrate",
@@ -417,12 +252,12 @@ async def _schema_version(connection: Connection) -> list[Finding]:
 def _version_problem(problem: str) -> Finding:
     wrong, _, fix = problem.rpartition(": ")
     if "newer" in fix:
-        return _error(
+        return an_error(
             wrong,
             "`run` does not start: it cannot know what the newer tables mean",
             "pip install --upgrade campaign-stats",
         )
-    return _error(
+    return an_error(
         wrong,
         f"`run` does not start: nobody can say what this database holds; {fix}",
         "pip install --force-reinstall --no-deps campaign-stats",
@@ -446,7 +281,7 @@ async def _service_tables(connection: Connection, expected: Expected) -> list[Fi
     )
     present = {row["relname"] for row in rows}
     findings = [
-        _error(
+        an_error(
             f"table campaign_stats.{name} is missing",
             "`run` meets an error whenever it needs it and backs off for ever",
             text,
@@ -457,7 +292,7 @@ async def _service_tables(connection: Connection, expected: Expected) -> list[Fi
     shards = "SELECT count(*) FROM campaign_stats.outbox_shards WHERE shard BETWEEN 0 AND $1"
     if "outbox_shards" in present and await connection.fetchval(shards, SHARDS - 1) < SHARDS:
         findings.append(
-            _error(
+            an_error(
                 f"campaign_stats.outbox_shards has lost some of its {SHARDS} rows",
                 "the events of those shards are written but never published",
                 f"INSERT INTO campaign_stats.outbox_shards SELECT generate_series(0, {SHARDS - 1})"
@@ -466,7 +301,7 @@ async def _service_tables(connection: Connection, expected: Expected) -> list[Fi
         )
     if "sweep" in present and not await connection.fetchval("SELECT count(*) FROM campaign_stats.sweep"):
         findings.append(
-            _error(
+            an_error(
                 "campaign_stats.sweep has lost its row",
                 "the sweep never runs: what was not hinted stays wrong",
                 "INSERT INTO campaign_stats.sweep DEFAULT VALUES;",
@@ -486,10 +321,10 @@ async def _indexes(connection: Connection, expected: Expected) -> list[Finding]:
     findings = []
     for (schema, name), text in expected.indexes.items():
         if (schema, name) not in present:
-            findings.append(_error(f"index {schema}.{name} is missing", slow, text))
+            findings.append(an_error(f"index {schema}.{name} is missing", slow, text))
         elif not present[schema, name]:
             findings.append(
-                _error(
+                an_error(
                     f"index {schema}.{name} is INVALID: an interrupted build left it",
                     f"{slow}; writers keep it up for nothing",
                     f"REINDEX INDEX CONCURRENTLY {schema}.{name};",
@@ -514,7 +349,7 @@ async def _functions(connection: Connection, expected: Expected) -> list[Finding
             follows = "numbers, locks and pauses are no longer what this version promises"
         else:
             continue
-        findings.append(_error(wrong, follows, expected.functions[name]))
+        findings.append(an_error(wrong, follows, expected.functions[name]))
     return findings
 
 
@@ -527,9 +362,9 @@ async def _rights(connection: Connection, api: bool) -> list[Finding]:
     if api:
         needed, at_the_door = [*needed, *at_the_door], []
     return [
-        *(_error(problem, "`run` does not start", f"{grant};") for problem, grant in needed),
+        *(an_error(problem, "`run` does not start", f"{grant};") for problem, grant in needed),
         *(
-            _warning(
+            a_warning(
                 problem,
                 f"`run` does not start once {PREFIX}API_TOKENS opens the sync-stats door; without it, it does",
                 f"{grant};",
@@ -544,10 +379,10 @@ async def _row_security(connection: Connection) -> list[Finding]:
     shown = await migrations.hidden_rows(connection, DOOR_TABLES)
     return [
         *(
-            _error(problem, "`run` does not start: it would count too few prospects", f"{mend};")
+            an_error(problem, "`run` does not start: it would count too few prospects", f"{mend};")
             for problem, mend in counted
         ),
-        *(_warning(problem, "calls of sync-stats are answered 503", f"{mend};") for problem, mend in shown),
+        *(a_warning(problem, "calls of sync-stats are answered 503", f"{mend};") for problem, mend in shown),
     ]
 
 
@@ -570,9 +405,9 @@ async def _contacted_at_triggers(connection: Connection, expected: Expected) -> 
             wrong = f"trigger {name} on public.campaign_prospects is disabled"
             mend = f"ALTER TABLE public.campaign_prospects ENABLE TRIGGER {name};"
         if wrong:
-            findings.append(_error(wrong, follows, mend))
+            findings.append(an_error(wrong, follows, mend))
     return findings + [
-        _warning(
+        a_warning(
             f"trigger {row['name']} ({row['function']}) on public.campaign_prospects sets contacted_at too",
             "the guard's window is ordered by its times: wrong ones pause too early, too late or not at all",
             f"ALTER TABLE public.campaign_prospects DISABLE TRIGGER {row['quoted']};",
@@ -597,7 +432,7 @@ def _is_ours(text: str, definition: str) -> bool:
 
 async def _updated_at_triggers(connection: Connection) -> list[Finding]:
     return [
-        _warning(
+        a_warning(
             f"trigger {row['name']} ({row['function']}) on public.campaigns sets updated_at itself",
             "updated_at moves with every recount, also with those that change nothing",
             without_recounts(row["definition"], row["quoted_for_update"]),
@@ -637,7 +472,7 @@ def clock_finding(offset_s: float) -> Finding | None:
     if abs(offset_s) <= CLOCK_TOLERANCE_S:
         return None
     side = "ahead of" if offset_s > 0 else "behind"
-    return _warning(
+    return a_warning(
         f"the database's clock is {abs(offset_s):.0f} s {side} this machine's",
         "one of them is wrong: times in events, retries and pauses lie beside what people and other services see",
         "timedatectl set-ntp true  # on both machines",
@@ -656,7 +491,7 @@ async def _versions(connection: Connection) -> list[Finding]:
     if row is None or not row["campaigns"]:
         return []
     return [
-        _warning(
+        a_warning(
             f"{row['campaigns']} campaigns have a version from the future, up to {row['ahead_s']:.0f} s ahead of"
             " the database's clock: it went backwards, or runs behind now",
             "versions go on rising by one; but what was to be tried again, or was paused, waits for that time to come"
@@ -678,120 +513,5 @@ async def _guard_limits(connection: Connection, default: Limits) -> list[Finding
         if ignored:
             wrong = f"campaign_stats.guard_limits, {row['scope']} {row['id']}: {'; '.join(ignored)}"
             mend = f"{row['without']};  -- or UPDATE it with values that can be used"
-            findings.append(_warning(wrong, "the guard ignores it: the next level decides", mend))
+            findings.append(a_warning(wrong, "the guard ignores it: the next level decides", mend))
     return findings
-
-
-# Kafka
-
-
-async def _examine_kafka(connection: broker.Connection, settings: Settings) -> list[tuple[str, list[Finding]]]:
-    names = Topics(settings.topic_prefix)
-    try:
-        cdc = [settings.cdc_topic] if settings.cdc_topic else []
-        cluster = await broker.describe_topics(connection, [*names.all, *cdc])
-    except Unavailable as error:
-        servers = shlex.quote(connection.bootstrap_servers)
-        return [
-            (
-                "kafka",
-                [
-                    _error(
-                        f"cannot be asked ({error.detail})",
-                        "`run` waits for it, alive but not ready: no hint is read, no event is published",
-                        f"kafka-broker-api-versions.sh --bootstrap-server {servers}  # until it works: address,"
-                        " firewall, TLS, user and password, is it running?",
-                    )
-                ],
-            )
-        ]
-    secured = settings.kafka_security_protocol != "PLAINTEXT"
-    tools = f"--bootstrap-server {shlex.quote(connection.bootstrap_servers)}" + (
-        " --command-config client.properties" if secured else ""
-    )
-    unread = [
-        _error(
-            f"topic {name} of change records is missing, or this user may not see it",
-            "`run` does not start",
-            f"unset {PREFIX}CDC_TOPIC  # or let the connector make it, it is not ours",
-        )
-        for name in cdc
-        if name not in cluster.topics
-    ]
-    return [("kafka", unread), *topic_findings(cluster, names, tools)]
-
-
-def topic_findings(cluster: Cluster, names: Topics, tools: str) -> list[tuple[str, list[Finding]]]:
-    """What is wrong with our topics; `tools` are the options that Kafka's own tools need to reach the brokers."""
-    present = {name: cluster.topics[name] for name in names.all if name in cluster.topics}
-    replication = max(1, min(REPLICATION, len(cluster.brokers)))
-    missing = [
-        _error(
-            f"topic {name} is missing, or this user may not see it",
-            "`run` does not start",
-            f"campaign-stats topics --create --partitions {PARTITIONS} --replication {replication}",
-        )
-        for name in names.all
-        if name not in present
-    ]
-    partitions = [
-        _warning(
-            f"topic {name} has one partition",
-            "only one replica of the service can work on it, all others stand idle",
-            f"kafka-topics.sh {tools} --alter --topic {name} --partitions {PARTITIONS}",
-        )
-        for name in names.read
-        if name in present and present[name].partitions < 2
-    ]
-    lonely = {name: shape for name, shape in present.items() if shape.replication < 2}
-    replicas = [
-        _warning(
-            f"{'topic' if len(lonely) == 1 else 'topics'} {', '.join(lonely)}: partitions with one replica",
-            "when that broker is away nothing is read or published there; when its disk is lost, so are the events",
-            _reassignment(cluster, lonely, tools),
-        )
-    ]
-    policies = [
-        _error(
-            f"topic {name} has cleanup.policy={shape.cleanup_policy}",
-            "compaction deletes all but the last record of a campaign, answers and pauses too, and refuses dead letters"
-            " without a key",
-            f"kafka-configs.sh {tools} --alter --entity-type topics --entity-name {name} --add-config"
-            " cleanup.policy=delete",
-        )
-        for name, shape in present.items()
-        if shape.cleanup_policy is not None and "compact" in shape.cleanup_policy
-    ]
-    policies += [
-        _warning(
-            f"cleanup.policy of topic {name} may not be read",
-            "nobody sees here whether it is `delete`, as it should be",
-            f"kafka-configs.sh {tools} --describe --entity-type topics --entity-name {name}  # as one who may",
-        )
-        for name, shape in present.items()
-        if shape.cleanup_policy is None
-    ]
-    return [
-        ("topics", missing),
-        ("partitions", partitions),
-        ("replicas", replicas if lonely else []),
-        ("cleanup policy", policies),
-    ]
-
-
-def _reassignment(cluster: Cluster, topics: dict[str, TopicShape], tools: str) -> str:
-    """Shell lines that give each partition of `topics` more replicas, spread over the brokers there are."""
-    again = f"{AGAIN}  # once the cluster has more than one broker: it then says how to move the topics"
-    if len(cluster.brokers) < 2:
-        return again
-    moves = []
-    for name, shape in topics.items():
-        for partition, held in sorted(shape.replicas.items()):
-            turn = partition % len(cluster.brokers)
-            others = [one for one in cluster.brokers[turn:] + cluster.brokers[:turn] if one not in held]
-            moves.append({"topic": name, "partition": partition, "replicas": [*held, *others][:REPLICATION]})
-    plan = json.dumps({"version": 1, "partitions": moves}, separators=(",", ":"))
-    return (
-        f"echo {shlex.quote(plan)} > replicas.json\n"
-        f"kafka-reassign-partitions.sh {tools} --reassignment-json-file replicas.json --execute"
-    )
