@@ -1,13 +1,13 @@
 # Needs only python3 (3.11 or newer) and make; everything else is fetched into .venv and .cache.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit lint format bench lock clean
+.PHONY: help demo test test-unit lint format bench bench-adopt lock clean
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 demo: $(READY) ## See the service at work on embedded servers and prove itself (about a minute); ARGS="--seconds 15"
 	@$(BIN)/campaign-stats demo $(ARGS)
@@ -30,6 +30,9 @@ format: $(READY) ## Format the code
 
 bench: $(READY) ## Measure on real Kafka, beside a per-event consumer (needs Java 17 and Maven)
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
+
+bench-adopt: $(READY) ## Measure what a product at work notices while it takes the service in; ARGS="--rounds 1"
+	@$(BIN)/python -m tests.benchmarks.adopt $(ARGS)
 
 lock: $(READY) ## Renew requirements.lock from pyproject.toml
 	@$(BIN)/pip install -q uv

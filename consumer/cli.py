@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -61,8 +62,7 @@ def main() -> None:
     try:
         app(_separated(sys.argv[1:]), prog_name="campaign-stats")
     except ConfigError as error:
-        for problem in error.problems:
-            print(f"campaign-stats: {problem}", file=sys.stderr)
+        tell(error)
         sys.exit(2)
     except ServiceError as error:
         print(f"campaign-stats: {error}", file=sys.stderr)
@@ -71,13 +71,23 @@ def main() -> None:
         sys.exit(130)
 
 
+def tell(error: ConfigError) -> None:
+    """Every problem on a line of its own."""
+    for problem in error.problems:
+        print(f"campaign-stats: {problem}", file=sys.stderr)
+
+
 def _separated(arguments: list[str]) -> list[str]:
-    """`sync --wait=5 ID` and `sync --wait 5 ID` as `sync ID --wait 5`: the option's value may be left out."""
+    """`sync --wait=5 ID` and `sync --wait 5 ID` as `sync --wait ID 5`: the option's value may be left out."""
     if arguments[:1] != ["sync"]:
         return arguments
-    text = " ".join(arguments)
-    found = re.search(r" --wait[= ]([0-9.]+)(?= |$)", text)
-    return arguments if found is None else [*(text[: found.start()] + text[found.end() :]).split(), "--wait", found[1]]
+    for place, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option == "--wait" and value:
+            return [*arguments[:place], "--wait", *arguments[place + 1 :], value]
+        if argument == "--wait" and re.fullmatch(r"[0-9.]+", "".join(arguments[place + 1 : place + 2])):
+            return [*arguments[: place + 1], *arguments[place + 2 :], arguments[place + 1]]
+    return arguments
 
 
 @app.command(epilog="Example: campaign-stats run")
@@ -93,7 +103,14 @@ def run(
     logs.configure(sys.stdout, settings.log_level)
 
     async def serve() -> int:
-        code = await Service(settings).run(until_caught_up=until_caught_up)
+        try:
+            code = await Service(settings).run(until_caught_up=until_caught_up)
+        except ConfigError as error:
+            tell(error)
+            code = 2
+        except Exception:
+            traceback.print_exc()
+            code = 1
         await end_process(code)
         return code
 

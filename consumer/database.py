@@ -144,8 +144,10 @@ def refusal(error: BaseException | None) -> str | None:
     """What a person must put right in DATABASE_URL, if this error of connecting says so; never quotes the URL."""
     if isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "").startswith(REFUSED_CLASSES):
         return f"DATABASE_URL: the server refuses it ({error.sqlstate}); check user, password and database"
-    if isinstance(error, asyncpg.UndefinedObjectError | asyncpg.DataError):
+    if isinstance(error, asyncpg.UndefinedObjectError):
         return f"DATABASE_URL: {error.message}; the driver knows no such option, leave it out"
+    if isinstance(error, asyncpg.DataError):
+        return f"DATABASE_URL: the server refuses the value of an option in it ({error.sqlstate}); put it right"
     if isinstance(error, asyncpg.ClientConfigurationError):
         return f"DATABASE_URL: {str(error).splitlines()[0]}; put this option right"
     if isinstance(error, ssl.SSLError):
@@ -449,6 +451,13 @@ class Transaction:
             )
             for row in await self._connection.fetch(statement("sweep_page"), after, campaigns)
         ]
+
+    async def sweep_next(self, after: UUID | None) -> UUID | None:
+        """The next campaign in id order, uncompared."""
+        found: UUID | None = await self._connection.fetchval(
+            "SELECT id FROM public.campaigns WHERE $1::uuid IS NULL OR id > $1::uuid ORDER BY id LIMIT 1", after
+        )
+        return found
 
     async def sweep_advance(self, after: UUID | None, interval_s: float) -> None:
         """Go on after this campaign, or with None begin the next lap in `interval_s` seconds."""

@@ -22,7 +22,7 @@ class Sent(Protocol):
     @property
     def error(self) -> str | None: ...
     @property
-    def refused(self) -> bool: ...
+    def too_large(self) -> bool: ...
 
 
 class Publish(Protocol):
@@ -44,20 +44,21 @@ class DeadLetters:
         it goes on with those that are left.
         """
         too_large = sys.maxsize  # bytes; what is at least as large as a refused row need not be tried
+        at_once = AT_ONCE
         while letters:
-            before, now = len(letters), datetime.now(UTC)
-            rows = [_row(record, letter, now, too_large) for record, letter in letters[:AT_ONCE]]
-            rows = _strike(letters, rows, await self._publish(rows, alone=False))
-            if not rows:
-                continue
-            results = await self._publish(rows, alone=True)
-            refused = min(
-                (_size(row) for row, sent in zip(rows, results, strict=True) if sent.refused), default=sys.maxsize
-            )
-            _strike(letters, rows, results)
-            if len(letters) == before and refused >= too_large:
-                raise Unavailable("kafka", f"{results[0].error} while writing dead letters")
-            too_large = min(too_large, refused)
+            now = datetime.now(UTC)
+            rows = [_row(record, letter, now, too_large) for record, letter in letters[:at_once]]
+            results = await self._publish(rows, alone=len(rows) == 1)
+            left = [place for place, sent in enumerate(results) if sent.error is not None]
+            letters[: len(rows)] = [letters[place] for place in left]
+            failed = next((results[place].error for place in left if not results[place].too_large), None)
+            if failed is None and len(rows) == 1 and left:
+                failed = None if _size(rows[0]) < too_large else results[0].error  # not even its stub is taken
+                too_large = _size(rows[0])
+            if failed is not None:
+                raise Unavailable("kafka", f"{failed} while writing dead letters")
+            # A batch is refused for its size although each of its rows may fit: in halves, down to the row at fault.
+            at_once = max(1, len(left) // 2) if left else min(AT_ONCE, at_once * 2)
 
     async def stubs(self, passed: list[Passed]) -> None:
         """Keep the coordinates of records nobody can hand out; takes each off the list. Raises Unavailable."""
@@ -85,10 +86,3 @@ def _row(record: Record, letter: DeadLetter, now: datetime, too_large: int) -> R
 def _size(row: Row) -> int:
     key, value, headers = row
     return len(key or b"") + len(value or b"") + sum(len(name) + len(content or b"") for name, content in headers)
-
-
-def _strike(letters: list[tuple[Record, DeadLetter]], rows: list[Row], results: Sequence[Sent]) -> list[Row]:
-    """Take what was acknowledged off the front of `letters`; the rows that are left, in order."""
-    left = [place for place, sent in enumerate(results) if sent.error is not None]
-    letters[: len(rows)] = [letters[place] for place in left]
-    return [rows[place] for place in left]

@@ -24,6 +24,7 @@ from consumer.outcome import Deferral, Outcome
 from consumer.recount import Rules, recount_campaigns, tally
 
 COLLECT_AT_MOST: Final = 200_000  # records; about 100 MB when every campaign is another one
+BURY_AT_MOST: Final = 5_000  # dead letters: offsets move on within seconds, also where each is refused
 HOLD_AT_MOST: Final = 64 * 1024 * 1024  # bytes of dead letters, which are held whole until they are written
 
 log = structlog.get_logger(__name__)
@@ -117,7 +118,11 @@ class Pipeline:
             if self._collecting or self._passed:
                 self._filled.set()
             generation = self._collecting
-            if not self._full and (generation.records >= COLLECT_AT_MOST or generation.held_bytes >= HOLD_AT_MOST):
+            if not self._full and (
+                generation.records >= COLLECT_AT_MOST
+                or generation.held_bytes >= HOLD_AT_MOST
+                or len(generation.dead_letters) >= BURY_AT_MOST
+            ):
                 self._full = True
                 self._source.pause()
             self._metrics.collecting.set(self._collecting.records)

@@ -64,6 +64,7 @@ class Transaction(Protocol):
 
     async def sweep_turn(self) -> tuple[UUID | None, datetime | None] | None: ...
     async def sweep_page(self, after: UUID | None, campaigns: int) -> Sequence[Compared]: ...
+    async def sweep_next(self, after: UUID | None) -> UUID | None: ...
     async def sweep_advance(self, after: UUID | None, interval_s: float) -> None: ...
     async def windows(self, candidates: Sequence[tuple[UUID, int, datetime | None]]) -> Mapping[UUID, WindowRead]: ...
     async def save(self, outcome: Outcome) -> None: ...
@@ -115,38 +116,40 @@ class Sweep:
             turn = await db.sweep_turn()
             if turn is None:
                 return False
-            compared, is_last = await self._compared(db, turn[0])
+            compared, last_id = await self._compared(db, turn[0])
             outcome = Outcome()
             would_pause = await self._would_pause(db, compared)
             for campaign in compared:
                 if not campaign.waiting and (campaign.differs or campaign.campaign_id in would_pause):
                     outcome.deferrals.append(self._deferral(campaign))
             await db.save(outcome)
-            await db.sweep_advance(None if is_last else compared[-1].campaign_id, self._interval_s)
+            await db.sweep_advance(last_id, self._interval_s)
         self._metrics.sweep_pages.inc()
         self._metrics.sweep_seconds.observe(time.monotonic() - begun)
         self._metrics.sweep_deferred.inc(len(outcome.deferrals))
         self._metrics.deferred.labels("sweep").inc(len(outcome.deferrals))
-        if is_last:
+        if last_id is None:
             self._metrics.sweep_laps.inc()
         if outcome.deferrals:
             log.info("sweep found differences", campaigns=len(outcome.deferrals), of=len(compared))
         return True
 
-    async def _compared(self, db: Transaction, after: UUID | None) -> tuple[Sequence[Compared], bool]:
-        """A page, smaller where campaigns are so large that it takes too long; whether it is the last one."""
+    async def _compared(self, db: Transaction, after: UUID | None) -> tuple[Sequence[Compared], UUID | None]:
+        """A page, smaller where campaigns are so large that it takes too long; its last id, None when the lap ends."""
         while True:
             try:
                 async with db.savepoint():
                     compared = await db.sweep_page(after, self._campaigns)
             except TooSlow:
-                if self._campaigns == 1:
-                    raise Unavailable("database", "comparing a single campaign takes too long") from None
+                if self._campaigns == 1:  # only its own recount can tell whether it is right
+                    skipped = await db.sweep_next(after)
+                    log.error("campaign too large to compare, left out of this lap", campaign=str(skipped))
+                    return [], skipped
                 self._campaigns = max(1, self._campaigns // 8)
             else:
-                is_last = len(compared) < self._campaigns
+                last_id = None if len(compared) < self._campaigns else compared[-1].campaign_id
                 self._campaigns = min(PAGE_CAMPAIGNS, self._campaigns * 2)
-                return compared, is_last
+                return compared, last_id
 
     def _deferral(self, campaign: Compared) -> Deferral:
         seen = Seen(campaign.last_synced_at, drift=bool(campaign.drift))

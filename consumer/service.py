@@ -164,8 +164,7 @@ class Service:
             starting = asyncio.create_task(self._start(), name="start")
             await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
-                starting.cancel()
-                await asyncio.wait([starting])
+                await _cancelled([starting])
                 return 0
             starting.result()
             jobs: list[tuple[str, Coroutine[None, None, None]]] = [

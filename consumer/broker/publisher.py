@@ -20,6 +20,7 @@ from consumer.errors import Unavailable
 SEND_DEADLINE_S: Final = 10.0  # with PRODUCER_DEADLINE_S below idle_in_transaction_session_timeout: the relay sends
 PRODUCER_DEADLINE_S: Final = 8.0  # inside a transaction
 TOPIC_DEADLINE_S: Final = 1.0  # a missing topic must not hold up the others
+ABANDON_DEADLINE_S: Final = 0.5
 MAX_BATCH_BYTES: Final = 256 * 1024
 MAX_REQUEST_BYTES: Final = 16 * 1024 * 1024  # above any broker's usual limit: the broker decides what is too large
 BIG_ROW_BYTES: Final = 128 * 1024  # larger rows get a batch of their own, so that one of them cannot spoil many
@@ -41,13 +42,18 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What became of a row: acknowledged (`error` None), refused for ever, or failed for now."""
+    """What became of a row: acknowledged (`error` None), refused for ever, or failed for now.
+
+    `too_large`: it, or the batch it was in, is larger than the topic takes.
+    """
 
     error: str | None = None
     refused: bool = False
+    too_large: bool = False
 
 
 ACKNOWLEDGED: Final = Sent()
+TOO_LARGE: Final = Sent("larger than the topic takes (max.message.bytes)", refused=True, too_large=True)
 
 
 class Publisher:
@@ -57,6 +63,7 @@ class Publisher:
         self._connection = connection
         self._idempotence = idempotence
         self._producer: Any = None
+        self._requests: Any = None
 
     async def publish(self, rows: Sequence[Outgoing], *, alone: bool = False) -> list[Sent]:
         """Send all and wait; what became of each row, in order. Rows of one key arrive in the order given.
@@ -90,7 +97,7 @@ class Publisher:
                 if future in done:
                     error = future.exception()
                     for place in places:
-                        results[place] = ACKNOWLEDGED if error is None else Sent(error=type(error).__name__)
+                        results[place] = ACKNOWLEDGED if error is None else _failed(error)
         except (KafkaError, OSError, TimeoutError) as error:
             for place in known:
                 if results[place] is not ACKNOWLEDGED:
@@ -116,12 +123,12 @@ class Publisher:
         """Stop the producer; never hangs and never raises. The next publish makes a new one."""
         producer, self._producer = self._producer, None
         if producer is not None and not await close(producer, deadline_s):
-            await _abandon(producer)
+            await _abandon(producer, self._requests)
 
     async def _drop(self) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
-            await _abandon(producer)
+            await _abandon(producer, self._requests)
 
     async def _ready(self) -> Any:
         if self._producer is None:
@@ -134,16 +141,17 @@ class Publisher:
                 max_request_size=MAX_REQUEST_BYTES,
                 request_timeout_ms=int(SEND_DEADLINE_S * 1000),
             )
+            requests = _Requests(producer._sender)
             try:
                 async with asyncio.timeout(PRODUCER_DEADLINE_S):
                     await producer.start()
             except (KafkaError, OSError, TimeoutError) as error:
-                await _abandon(producer)
+                await _abandon(producer, requests)
                 raise Unavailable("kafka", f"{type(error).__name__} while starting a producer") from error
             except asyncio.CancelledError:
-                await _abandon(producer)
+                await _abandon(producer, requests)
                 raise
-            self._producer = producer
+            self._producer, self._requests = producer, requests
         return self._producer
 
     async def _send_batches(
@@ -163,15 +171,19 @@ class Publisher:
             for place in places:
                 row = rows[place]
                 if inside and (len(row.value or b"") > BIG_ROW_BYTES or not self._append(batch, row)):
-                    futures.append((await producer.send_batch(batch, topic, partition=partition), inside))
+                    futures.append((await self._send_batch(producer, batch, topic, partition), inside))
                     batch, inside = producer.create_batch(), []
                 if not inside:
                     self._append(batch, row)  # the first one fits, however large it is
                 inside.append(place)
-            futures.append((await producer.send_batch(batch, topic, partition=partition), inside))
-        for future, _ in futures:
-            future.add_done_callback(_seen)
+            futures.append((await self._send_batch(producer, batch, topic, partition), inside))
         return futures
+
+    @staticmethod
+    async def _send_batch(producer: Any, batch: Any, topic: str, partition: int) -> Any:
+        future = await producer.send_batch(batch, topic, partition=partition)
+        future.add_done_callback(_seen)
+        return future
 
     @staticmethod
     def _append(batch: Any, row: Outgoing) -> bool:
@@ -212,12 +224,18 @@ class Publisher:
                 results.append(ACKNOWLEDGED)
             except REFUSED_FOR_EVER:
                 await self._drop()
-                results.append(Sent(error="larger than the topic takes (max.message.bytes)", refused=True))
+                results.append(
+                    Sent(error="larger than the topic takes (max.message.bytes)", refused=True, too_large=True)
+                )
             except (KafkaError, OSError, TimeoutError, Unavailable) as error:
                 await self._drop()
                 results.append(Sent(error=type(error).__name__))
                 break
         return results + [Sent(error="not tried")] * (len(rows) - len(results))
+
+
+def _failed(error: BaseException) -> Sent:
+    return Sent(error=type(error).__name__, too_large=isinstance(error, REFUSED_FOR_EVER))
 
 
 def _seen(future: Any) -> None:
@@ -226,16 +244,54 @@ def _seen(future: Any) -> None:
         future.exception()
 
 
-async def _abandon(producer: Any) -> None:
-    """Let go of a producer at once. A graceful stop would go on sending what we have given up and will send again."""
-    producer._closed = True
-    sender = producer._sender.sender_task if producer._sender is not None else None
-    producer._message_accumulator.fail_all(KafkaError("given up"))
-    for _ in range(2):  # cancelled once it waits for its requests, cancelled twice it gives them up too
-        if sender is not None:
-            sender.cancel()
-        closing = asyncio.ensure_future(producer.client.close())
-        await asyncio.wait([closing, *([sender] if sender is not None else [])], timeout=0.5)
-        closing.cancel()
-        if sender is None or sender.done():
+class _Requests:
+    """The produce requests under way of one producer; after `end` none begins any more."""
+
+    def __init__(self, sender: Any) -> None:
+        self.tasks = set[asyncio.Task[Any]]()
+        self._is_over = False
+        self._send = sender._send_produce_req
+        sender._send_produce_req = self._tracked
+
+    async def _tracked(self, *arguments: Any) -> None:
+        task = asyncio.current_task()
+        if self._is_over or task is None:
             return
+        self.tasks.add(task)
+        try:
+            await self._send(*arguments)
+        finally:
+            self.tasks.discard(task)
+
+    def end(self) -> set[asyncio.Task[Any]]:
+        """Cancel them; they are over once the returned tasks are."""
+        self._is_over = True
+        for task in self.tasks:
+            task.cancel()
+        return set(self.tasks)
+
+
+async def _abandon(producer: Any, requests: _Requests) -> None:
+    """Let go of a producer at once, and of all that it has not sent: it will be sent again by its successor.
+
+    A graceful stop would go on sending. aiokafka's sender waits for its requests even when it is cancelled, so these
+    are ended first: one of them would otherwise reach the broker behind what the successor sent.
+    """
+    producer._closed = True
+    sender, batches = producer._sender.sender_task, producer._message_accumulator
+    ended = requests.end()
+    if sender is not None:
+        sender.remove_done_callback(producer._sender._fail_all)
+        sender.add_done_callback(_seen)
+        sender.cancel()
+        ended.add(sender)
+    if ended:
+        await asyncio.wait(ended, timeout=ABANDON_DEADLINE_S)
+    for batch in [*batches._pending_batches, *(batch for some in batches._batches.values() for batch in some)]:
+        batch.future.add_done_callback(_seen)
+        batch._drain_waiter.add_done_callback(_seen)
+    batches.fail_all(KafkaError("given up"))
+    closing = asyncio.ensure_future(producer.client.close())
+    closing.add_done_callback(_seen)
+    await asyncio.wait([closing], timeout=ABANDON_DEADLINE_S)
+    closing.cancel()

@@ -3,6 +3,8 @@
 A file runs in one transaction, together with its row in `campaign_stats.migrations`; one whose first line says
 `-- concurrently: INDEX` builds an index on a product's table outside a transaction, so that writers go on, and drops an
 invalid leftover of an interrupted build first. A file is never edited once it was released: its checksum is kept.
+
+The product works on meanwhile: nobody who writes to its tables is held up by us for longer than about LOCK_TIMEOUT_S.
 """
 
 import asyncio
@@ -22,6 +24,22 @@ from consumer.errors import ConfigError, Unavailable
 LOCK_KEY: Final = 0x63616D7073746174  # "campstat": any number that nobody else uses for an advisory lock here
 LOCK_POLL_S: Final = 0.1
 LOCK_DEADLINE_S: Final = 600.0  # building an index on 100 million rows takes minutes
+LOCK_TIMEOUT_S: Final = 0.5  # one try for a lock on a product's table: whoever writes there queues behind our request
+LOCK_PAUSE_S: Final = 1.0  # between two tries: those who queued get through
+TABLES_DEADLINE_S: Final = 120.0  # for all tries of one file
+SESSION: Final = {
+    "application_name": "campaign-stats migrate",
+    "lock_timeout": "10s",
+    "statement_timeout": "0",  # a role's or database's own would end a long index build
+    "idle_in_transaction_session_timeout": "0",
+}
+AWAY: Final = (
+    *LOST,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.LockNotAvailableError,
+)
 CONCURRENTLY: Final = re.compile(r"-- concurrently: (\w+)\n")
 
 PRODUCT_COLUMNS: Final[dict[str, tuple[str, ...]]] = {
@@ -35,6 +53,9 @@ PRODUCT_COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "campaign_sender_accounts": ("campaign_id", "account_id"),
 }  # fmt: skip
 """What we read or write of the product's tables, all in schema `public`."""
+
+CHANGED_TABLES: Final = ("public.campaigns", "public.campaign_prospects")
+"""The product's tables that a migration may change."""
 
 RUN_RIGHTS: Final = (
     ("public.campaigns", "SELECT", PRODUCT_COLUMNS["campaigns"]),
@@ -74,13 +95,13 @@ async def migrate(database_url: str, *, reference_schema: bool = False) -> list[
     """Apply what is missing and return the names of the files applied; several processes at once are safe.
 
     `reference_schema` first creates the product's tables and functions where they do not exist yet.
-    Raises ConfigError for a changed file, a database newer than this code, missing tables or columns, missing rights;
-    Unavailable when the database is away or another process holds the migration lock for longer than ten minutes.
+    Raises ConfigError for a changed file, a database newer than this code, missing tables or columns, missing rights, a
+    product's schema that a file does not fit; Unavailable when the database is away, a product's table cannot be had
+    within TABLES_DEADLINE_S, or another process holds the migration lock for longer than ten minutes. What was applied
+    by then stays; a later call goes on from there.
     """
     try:
-        connection = await asyncpg.connect(
-            database_url, server_settings={"application_name": "campaign-stats migrate", "lock_timeout": "10s"}
-        )
+        connection = await asyncpg.connect(database_url, server_settings=SESSION)
     except (asyncpg.PostgresError, *LOST) as error:
         if problem := refusal(error):
             raise ConfigError([problem]) from error
@@ -92,16 +113,13 @@ async def migrate(database_url: str, *, reference_schema: bool = False) -> list[
                 async with connection.transaction():
                     await connection.execute(reference.read_text("utf-8"))
             return await _apply(connection)
-    except asyncpg.LockNotAvailableError as error:
-        raise Unavailable(
-            "database", "a long transaction holds a product table; nothing was changed, try again"
-        ) from error
     except asyncpg.InsufficientPrivilegeError as error:
         raise ConfigError([f"the role may not migrate: {error}; run `migrate` as the owner of the tables"]) from error
-    except (asyncpg.PostgresError, *LOST) as error:
-        state = getattr(error, "sqlstate", None)
-        raise Unavailable(
-            "database", f"{type(error).__name__} ({state}) in the middle; what was applied stands, run it again"
+    except AWAY as error:
+        raise Unavailable("database", f"{type(error).__name__} while migrating; run `migrate` again") from error
+    except asyncpg.PostgresError as error:
+        raise ConfigError(
+            [f"the product's schema does not fit: {error.args[0]}; deploy/adopting.md says what it must be"]
         ) from error
     finally:
         with suppress(*LOST):
@@ -291,10 +309,50 @@ async def _apply(connection: Connection) -> list[str]:
             await connection.execute("RESET lock_timeout")
             await _record(connection, migration)
         else:
+            await _in_transaction(connection, migration)
+    return missing
+
+
+async def _in_transaction(connection: Connection, migration: Migration) -> None:
+    """Run a file and its record in one transaction, a short try after the other while somebody holds a product's table.
+
+    First a lock that no reader or writer notices, but a running autovacuum gives way to and a later one waits for: then
+    only writers can be in the way of the file's own locks, and a short try is long enough for those that are quick.
+    Raises Unavailable, which names the oldest holder, after TABLES_DEADLINE_S.
+    """
+    deadline = asyncio.get_running_loop().time() + TABLES_DEADLINE_S
+    while True:
+        try:
             async with connection.transaction():
+                await connection.execute(f"LOCK TABLE {', '.join(CHANGED_TABLES)} IN SHARE UPDATE EXCLUSIVE MODE")
+                await connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S * 1_000:.0f}ms'")
                 await connection.execute(migration.sql)
                 await _record(connection, migration)
-    return missing
+            return
+        except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError) as error:
+            if asyncio.get_running_loop().time() > deadline:
+                holder = await _holder(connection)
+                raise Unavailable(
+                    "database",
+                    f"{migration.name} could not lock a table of the product within {TABLES_DEADLINE_S:g} s, because"
+                    f" {holder}: let it end, then run `migrate` again (what was applied stays)",
+                ) from error
+        await asyncio.sleep(LOCK_PAUSE_S)
+
+
+async def _holder(connection: Connection) -> str:
+    row = await connection.fetchrow(
+        """SELECT l.pid, a.usename, a.application_name
+             FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+            WHERE l.relation = ANY ($1::text[]::regclass[]) AND l.granted AND l.pid <> pg_backend_pid()
+              AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+              AND l.mode NOT IN ('AccessShareLock', 'RowShareLock')
+            ORDER BY a.xact_start NULLS LAST LIMIT 1""",
+        list(CHANGED_TABLES),
+    )
+    if row is None:
+        return "others held it each time"
+    return f"process {row['pid']} (role {row['usename']}, application {row['application_name'] or 'unknown'}) holds one"
 
 
 async def _record(connection: Connection, migration: Migration) -> None:
