@@ -397,7 +397,7 @@ async def test_many_dead_letters_too_large_for_their_topic_are_each_kept_once_an
 async def test_a_server_that_refuses_what_the_url_asks_of_it_is_an_outage(
     service: StartService, environment: dict[str, str], bus: Bus, servers_directory: Path
 ) -> None:
-    server = Postgres(servers_directory / "standby", options={"fsync": "off"}, tcp=True)
+    server = Postgres(servers_directory / "failover", options={"fsync": "off"}, tcp=True)
     try:
         server.start()
         await migrations.migrate(server.url(), reference_schema=True)
