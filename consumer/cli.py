@@ -142,6 +142,7 @@ def topics(
     create: Annotated[bool, typer.Option("--create", help="Create the topics that are missing.")] = False,
     partitions: Annotated[int, typer.Option(min=1, help="Partitions of each new topic.")] = 12,
     replication: Annotated[int, typer.Option(min=1, help="Replicas of each new topic.")] = 3,
+    as_json: JsonFlag = False,
 ) -> None:
     """List the topics the service needs; with --create, create the missing ones. Exit 1 while some are missing."""
     settings = settings_without("database_url")
@@ -149,13 +150,15 @@ def topics(
     from consumer.service import kafka_connection
 
     connection = kafka_connection(settings)
+    created: list[str] = []
 
     async def work() -> list[str]:
         if create:
             wanted = {name: {"cleanup.policy": "delete"} for name in names.all}
             wanted[names.dead_letters]["retention.ms"] = str(DEAD_LETTER_RETENTION_MS)
-            for name in await broker.create_topics(connection, wanted, partitions=partitions, replication=replication):
-                print(f"created {name}")
+            created.extend(
+                await broker.create_topics(connection, wanted, partitions=partitions, replication=replication)
+            )
         publisher = Publisher(connection, idempotence=False)
         try:
             return await publisher.check(names.all)
@@ -163,8 +166,13 @@ def topics(
             await publisher.close(5.0)
 
     missing = run_async(work())
-    for name in names.all:
-        print(f"{'missing' if name in missing else 'present'} {name}")
+    if as_json:
+        print_json([{"topic": name, "present": name not in missing, "created": name in created} for name in names.all])
+    else:
+        for name in created:
+            print(f"created {name}")
+        for name in names.all:
+            print(f"{'missing' if name in missing else 'present'} {name}")
     sys.exit(1 if missing else 0)
 
 

@@ -123,3 +123,14 @@ async def test_change_records_are_hints_and_bad_ones_dead_letters(
         return [metrics[f'campaign_stats_records_total{{kind="{kind}"}}'] for kind in ("change", "tombstone")] == [1, 2]
 
     await eventually(counted, "each is counted", running)
+
+
+async def test_topics_lists_what_is_there_and_makes_what_is_not(environment: dict[str, str]) -> None:
+    own = {**environment, "CAMPAIGN_STATS_TOPIC_PREFIX": f"n{uuid4().hex[:8]}."}
+    code, out, _ = await command(own, "topics", "--json")
+    assert code == 1
+    assert [(line["present"], line["created"]) for line in json.loads(out)] == [(False, False)] * 6
+    code, out, _ = await command(own, "topics", "--create", "--partitions", "2", "--replication", "1")
+    assert (code, out.count("created "), out.count("present ")) == (0, 6, 6)
+    code, out, _ = await command(own, "topics", "--create", "--replication", "1", "--json")
+    assert (code, {(line["present"], line["created"]) for line in json.loads(out)}) == (0, {(True, False)})
