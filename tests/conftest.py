@@ -29,9 +29,17 @@ T = TypeVar("T")
 
 REQUIRED = os.environ.get("CAMPAIGN_STATS_REQUIRE_KAFKA") == "1"
 NO_FSYNC = {"fsync": "off", "max_connections": "200", "autovacuum_naptime": "1s"}  # no test crashes the whole machine
-AVAILABLE = {"apache_kafka": java_available(), "kcat": shutil.which("kcat") is not None}
+AVAILABLE = {
+    "apache_kafka": java_available(),
+    "kcat": shutil.which("kcat") is not None,
+    "machine_postgres": machine_binaries() is not None,
+}
 ORDER = ("unit", "integration", "service")
-NEEDS = (("Java 17 or Maven is", AVAILABLE["apache_kafka"]), ("kcat is", AVAILABLE["kcat"]))
+NEEDS = (
+    ("Java 17 or Maven is", AVAILABLE["apache_kafka"]),
+    ("kcat is", AVAILABLE["kcat"]),
+    ("a PostgreSQL of the machine's own is", AVAILABLE["machine_postgres"]),
+)
 not_run: list[str] = []
 
 
@@ -71,6 +79,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         not_run.extend(item.nodeid for item in left_out)
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of several tells the one that writes the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["not_run"] = not_run
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker looked at all tests and left the same ones out."""
+    not_run.extend(name for name in getattr(node, "workeroutput", {}).get("not_run", ()) if name not in not_run)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -456,10 +456,7 @@ async def test_a_token_endpoint_that_fails_is_waited_for(
 @pytest.fixture(scope="module")
 def tls_postgres(servers_directory: Path, files: Files) -> Iterator[Postgres]:
     """The machine's own PostgreSQL (the one of the wheel is built without TLS); by TCP only encrypted, with login."""
-    binaries = machine_binaries()
-    if binaries is None:
-        pytest.skip("the machine's own PostgreSQL is missing: the one of the wheel has no TLS")
-    server = Postgres(servers_directory / "pgtls", binaries, tcp=True)
+    server = Postgres(servers_directory / "pgtls", machine_binaries(), tcp=True)
     folder = servers_directory / "pgtls-files"
     folder.mkdir(mode=0o755)
     rules = folder / "pg_hba.conf"
@@ -534,6 +531,7 @@ async def connected(url: str) -> asyncpg.Connection:
 
 
 @pytest.mark.parametrize("login", ["password", "certificate"])
+@pytest.mark.machine_postgres
 async def test_the_service_checks_the_certificate_of_postgresql(
     service: StartService, bus: Bus, environment: dict[str, str], kafka: ApacheKafka, files: Files,
     tls_database: TlsDatabase, login: str,
@@ -568,6 +566,7 @@ async def test_the_service_checks_the_certificate_of_postgresql(
     ],
     ids=["authority", "host name", "password", "not encrypted", "no certificate"],
 )  # fmt: skip
+@pytest.mark.machine_postgres
 async def test_a_database_that_refuses_us_or_is_not_to_be_trusted_ends_with_a_sentence(
     environment: dict[str, str], files: Files, tls_database: TlsDatabase, login: str, host: str,
     options: dict[str, str], about: str,
