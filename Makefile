@@ -12,9 +12,9 @@ help: ## Show this list
 demo: $(READY) ## See the service at work on embedded servers and prove itself (about a minute); ARGS="--seconds 15"
 	@$(BIN)/campaign-stats demo $(ARGS)
 
-# Two workers, each with servers of its own, a file of tests at a time.
+# Two workers, each with servers of its own.
 test: $(READY) ## All tests, on real servers that they start themselves; ARGS="-k guard"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-unit: $(READY) ## Tests that need no server (seconds)
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
