@@ -16,7 +16,7 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -81,7 +81,7 @@ class Server:
         self, command: Sequence[str], *, env: Mapping[str, str] | None = None, account: str | None = None
     ) -> None:
         """Start the child in a session of its own: a Ctrl-C in the terminal must reach us only."""
-        with self.log.open("ab") as log, self._turn:
+        with self.log.open("ab") as log, self._turn, _undisturbed():
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -339,6 +339,22 @@ def _as(account: str | None) -> dict[str, Any]:
         return {}
     owner = pwd.getpwnam(account)
     return {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A Ctrl-C takes effect after this block: else Popen could make a process and never tell us of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # never interrupted
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _children(pid: int) -> list[int]:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import asyncpg
@@ -37,6 +38,7 @@ LOOP = "DO 'BEGIN FOR i IN 1..2000000000 LOOP END LOOP; END'"  # a backend that 
 INTERRUPTED = """
 import sys
 from pathlib import Path
+from typing import Any
 from consumer.demo.servers import EmbeddedBroker, Postgres
 server = {"postgres": Postgres, "broker": EmbeddedBroker}[sys.argv[1]](Path(sys.argv[2]))
 try:
@@ -226,6 +228,23 @@ def test_an_interrupt_at_any_moment_of_the_start_leaves_no_process(kind: str, di
         server.start()  # type: ignore[attr-defined]  # both have it; what the interrupts left does not disturb it
     finally:
         server.stop()
+
+
+def test_an_interrupt_in_the_middle_of_making_a_process_forgets_none(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, make = Server(directory), subprocess.Popen
+
+    def made(*arguments: Any, **named: Any) -> Any:
+        process = make(*arguments, **named)
+        signal.raise_signal(signal.SIGINT)  # before anybody knows of it
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", made)
+    with pytest.raises(KeyboardInterrupt):
+        server.spawn(["sleep", "60"])
+    server.kill()
+    assert at_work_in(directory) == []
 
 
 def test_an_interrupted_stop_still_ends_the_server(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
