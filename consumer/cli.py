@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import sys
 import traceback
@@ -60,12 +61,22 @@ app.command(epilog=repairs.REPLAY_EXAMPLE)(repairs.replay)
 def main() -> None:
     """Run a command; errors that a person can mend are printed as sentences."""
     try:
-        app(_separated(sys.argv[1:]), prog_name="campaign-stats")
+        try:
+            app(_separated(sys.argv[1:]), prog_name="campaign-stats")
+        finally:
+            sys.stdout.flush()
     except ConfigError as error:
         tell(error)
         sys.exit(2)
     except ServiceError as error:
         print(f"campaign-stats: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        print(f"campaign-stats: the output cannot be written: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -336,10 +347,13 @@ def _parsed(value: bytes | None) -> Any:
 
 def _line(topic: str, value: bytes | None, headers: Any, as_json: bool) -> str:
     event = _parsed(value)
+    said = {name: (content or b"").decode("utf-8", "replace") for name, content in headers}
     if as_json:
-        return json.dumps({"topic": topic, "event": event})
+        # As it came, however deep it is; line breaks are white space there, they cannot stand in a string.
+        raw = None if event is None else orjson.Fragment((value or b"").replace(b"\n", b" ").replace(b"\r", b" "))
+        letter = {name: content for name, content in said.items() if name.startswith("dead-letter-")}
+        return orjson.dumps({"topic": topic, "event": raw, **letter}).decode()
     if topic.endswith("dead-letters"):
-        said = {name: (content or b"").decode("utf-8", "replace") for name, content in headers}
         return f"dead letter  {said.get('dead-letter-reason', '?')}: {said.get('dead-letter-error', '')}"
     try:
         return _told(event)

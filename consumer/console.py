@@ -21,6 +21,7 @@ from consumer.settings import Settings, read_settings
 
 T = TypeVar("T")
 
+PIPED_WIDTH: Final = 250  # columns of a table that goes to a file or a pipe: nothing needs to be folded
 UNITS_S: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document for scripts instead of a table.")]
@@ -95,4 +96,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*("-" if cell is None else _plain(cell) for cell in row))
-    Console(markup=False, highlight=False).print(table)
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    console.print(table)

@@ -150,6 +150,8 @@ def refusal(error: BaseException | None) -> str | None:
         return f"DATABASE_URL: the server refuses the value of an option in it ({error.sqlstate}); put it right"
     if isinstance(error, asyncpg.ClientConfigurationError):
         return f"DATABASE_URL: {str(error).splitlines()[0]}; put this option right"
+    if isinstance(error, ValueError | OverflowError):  # of reading the URL, a PG* variable or a password file
+        return f"DATABASE_URL: {type(error).__name__} in it, or in a PG* variable of the environment; put it right"
     if isinstance(error, ssl.SSLError):
         return (
             f"DATABASE_URL: TLS fails ({error.reason or type(error).__name__}); check sslmode, sslrootcert, sslcert and"
@@ -226,7 +228,7 @@ class Database:
         try:
             async with self.connection():
                 return
-        except (Unavailable, asyncpg.PostgresError) as error:
+        except (Unavailable, asyncpg.PostgresError, ValueError, OverflowError) as error:
             if problem := refusal(error.__cause__ if isinstance(error, Unavailable) else error):
                 raise ConfigError([problem]) from error
             raise

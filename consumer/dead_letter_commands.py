@@ -149,7 +149,8 @@ def redrive(
 
     async def work(db: Connection) -> tuple[Redrive, list[Place]]:
         publisher = Publisher(brokers(settings), idempotence=settings.producer_idempotence)
-        job = Redrive(db, publisher, again=again, dry_run=dry_run, limit=limit)
+        allowed = [*Topics(settings.topic_prefix).read, *([settings.cdc_topic] if settings.cdc_topic else [])]
+        job = Redrive(db, publisher, allowed, again=again, dry_run=dry_run, limit=limit)
         missing: list[Place] = []
         try:
             async with aclosing(_at(settings, places, missing) if places else _letters(settings, wanted)) as source:

@@ -9,6 +9,7 @@ from uuid import UUID
 from consumer.database import Connection, override, statement, verbatim
 from consumer.envelope import format_time
 from consumer.guard import Limits, Mode, Resolved, Verdict, Window, bounces_left, judge, rate_bp, resolve
+from consumer.outcome import STATS_ALWAYS, STATS_WHEN_SOME, ordered_stats
 
 DRIFT_AT_ONCE: Final = 200  # campaigns; a page of large ones must stay below statement_timeout
 RECONCILE_AT_ONCE: Final = 1_000
@@ -75,7 +76,8 @@ class Explanation:
         left = bounces_left(limits, window)
         then = "would pause it" if limits.mode is Mode.ENFORCE else "would be noted (mode observe)"
         if self.verdict is Verdict.TOO_FEW_SENT:
-            lines.append(f"Once {limits.min_sent} were mailed, {window.bounced + left} bounces among them {then}.")
+            needed = bounces_left(limits, Window(window.sent, 0))
+            lines.append(f"Once {limits.min_sent} were mailed, {needed} bounces among them {then}.")
         elif self.verdict is Verdict.BELOW_RATE:
             lines.append(f"It can bear {left - 1} more bounces among those mailed; one more than that {then}.")
         own = [f"{name} by the {level}" for name, level in self.resolved.origin.items() if level != "default"]
@@ -137,8 +139,8 @@ async def drift(connection: Connection, done: Callable[[int, int | None], None])
                 "status": row["status"],
                 "last_synced_at": row["last_synced_at"] and format_time(row["last_synced_at"]),
                 "stored": verbatim(row["stored"]),
-                "truth": row["truth"],
-                "drift": row["drift"],
+                "truth": ordered_stats(row["truth"]),
+                "drift": {key: row["drift"][key] for key in (*STATS_ALWAYS, *STATS_WHEN_SOME) if key in row["drift"]},
             }
             for row in page
             if row["drift"]

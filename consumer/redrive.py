@@ -3,7 +3,7 @@
 import base64
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,7 +16,10 @@ from consumer.envelope import Record, format_time
 from schemas.events import DeadLetterReason
 
 PREFIX: Final = "dead-letter-"
-OURS: Final = frozenset(PREFIX + name for name in ("topic", "partition", "offset", "reason", "error", "time"))
+REDRIVEN: Final = PREFIX + "redriven"  # on what is sent back: when; it comes along if the record still cannot be read
+OURS: Final = frozenset(
+    (REDRIVEN, *(PREFIX + name for name in ("topic", "partition", "offset", "reason", "error", "time")))
+)
 STUBS: Final = (DeadLetterReason.UNREADABLE, DeadLetterReason.TOO_LARGE)
 LOCK: Final = "dead-letters redrive"
 AT_ONCE: Final = 200  # one transaction stays open while they are sent
@@ -51,6 +54,8 @@ class Letter:
     key: bytes | None
     value: bytes | None
     headers: Sequence[tuple[str, bytes | None]]
+    redriven_at: datetime | None
+    """Set when its original was itself sent back before, and could still not be read."""
 
     @property
     def place(self) -> str:
@@ -73,7 +78,7 @@ class Letter:
             "offset": offset,
             "last_offset": self.last_offset,
             "error": self.error,
-            "redriven_at": redriven_at and format_time(redriven_at),
+            "redriven_at": (at := redriven_at or self.redriven_at) and format_time(at),
         }
 
 
@@ -100,6 +105,7 @@ def read_letter(record: Record) -> Letter:
         record.key,
         record.value,
         headers,
+        _time(said.get(REDRIVEN, "")),
     )
 
 
@@ -159,8 +165,16 @@ class Redrive:
     """
 
     def __init__(
-        self, connection: Connection, publisher: Publish, *, again: bool, dry_run: bool, limit: int | None
+        self,
+        connection: Connection,
+        publisher: Publish,
+        allowed: Collection[str],
+        *,
+        again: bool,
+        dry_run: bool,
+        limit: int | None,
     ) -> None:
+        self._allowed = allowed
         self._connection = connection
         self._publisher = publisher
         self._again = again
@@ -190,6 +204,10 @@ class Redrive:
                     wanted.append((letter.origin, letter))
                 else:
                     self.impossible += 1
+        foreign = [origin for origin, _ in wanted if origin.topic not in self._allowed]
+        for origin in foreign:  # the header may be anybody's: it must not make us write where subscribers trust us
+            self.failures[f"topic {origin.topic} is none that the service reads"] += 1
+        wanted = [(origin, letter) for origin, letter in wanted if origin.topic in self._allowed]
         await self._look_up({origin.topic for origin, _ in wanted} - self._topics.keys())
         sendable = []
         for origin, letter in wanted:
@@ -217,8 +235,10 @@ class Redrive:
                 if self._dry_run:
                     results = [Sent()] * len(pending)
                 else:
+                    mark = (REDRIVEN, format_time(datetime.now(UTC)).encode())
                     rows = [
-                        Outgoing(origin.topic, letter.key, letter.value, letter.headers) for origin, letter in pending
+                        Outgoing(origin.topic, letter.key, letter.value, [*letter.headers, mark])
+                        for origin, letter in pending
                     ]
                     results = await self._publisher.publish(rows, alone=alone) if rows else []
                     acked = [origin for (origin, _), sent in zip(pending, results, strict=True) if sent.error is None]
@@ -250,8 +270,9 @@ class Redrive:
         if self._again:
             return rows
         done = await redriven(self._connection, [letter for _, letter in rows])
-        self.skipped += len(done)
-        return [(origin, letter) for origin, letter in rows if origin not in done]
+        left = [(origin, letter) for origin, letter in rows if origin not in done and letter.redriven_at is None]
+        self.skipped += len(rows) - len(left)
+        return left
 
 
 def _columns(origins: Sequence[Origin]) -> tuple[list[str], list[int], list[int]]:

@@ -1,10 +1,12 @@
 """The composition root: builds everything, starts and stops it in order, and notices when it stands still."""
 
 import asyncio
+import errno
 import gc
 import io
 import os
 import signal
+import socket
 import ssl
 import sys
 import time
@@ -200,17 +202,18 @@ class Service:
     async def _open_doors(self) -> None:
         settings = self._settings
         doors: list[tuple[str, str, int, OperatorsDoor | ApiDoor]] = [
-            ("HTTP_PORT", settings.http_host, settings.http_port, self._door)
+            ("HTTP", settings.http_host, settings.http_port, self._door)
         ]
         if settings.api_tokens:
-            doors.append(("API_PORT", settings.api_host, settings.api_port, self._api))
+            doors.append(("API", settings.api_host, settings.api_port, self._api))
         problems = []
         for name, host, port, door in doors:
             try:
                 await door.open()
             except OSError as error:
                 why = error.strerror or type(error).__name__
-                problems.append(f"{PREFIX}{name}: cannot listen on {host}:{port} ({why}); choose another port")
+                wrong = "HOST" if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL else "PORT"
+                problems.append(f"{PREFIX}{name}_{wrong}: cannot listen on {host}:{port} ({why}); choose another one")
         if problems:
             await self._api.close()
             await self._door.close()
@@ -256,7 +259,12 @@ class Service:
             missing = await self._events.check([*self._topics.all, *self._cdc])
         except ConfigError as error:
             return list(error.problems)
-        return [f"topic {topic} is missing: {broker.CREATE_TOPICS}" for topic in missing]
+        return [
+            f"topic {topic} is missing: let the connector create it, or unset {PREFIX}CDC_TOPIC"
+            if topic in self._cdc
+            else f"topic {topic} is missing: {broker.CREATE_TOPICS}"
+            for topic in missing
+        ]
 
     async def _finish(self, tasks: Sequence[asyncio.Task[None]]) -> int:
         """Stop under one deadline: finish the running chunk and turn, drop the rest; 3 when that took too long."""

@@ -7,15 +7,25 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 from uuid import UUID
 
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from consumer.errors import ConfigError
 from consumer.guard import Limits, Mode
 from schemas.events import ANY_ID_PATTERN
+from schemas.topics import Topics
 
 PREFIX: Final = "CAMPAIGN_STATS_"
 UNUSED: Final = {  # each stands for a server that a command does not talk to
@@ -33,6 +43,7 @@ NO_PORT: Final = f"has a port above {MAX_PORT}"
 HOST: Final = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]*)(?::[0-9]{1,5})?")
 NO_ENDPOINT: Final = "is no URL: write https://host/path, without user and password"
 SENT_AS_IS: Final = {"PLAIN": "password", "OAUTHBEARER": "token"}
+SESSION_ATTRS: Final = ("any", "read-write", "read-only", "primary", "standby", "prefer-standby")
 SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
@@ -55,10 +66,12 @@ def _database_url(value: object) -> object:
     login, _, hosts = parts.netloc.rpartition("@")
     if parts.scheme not in ("postgresql", "postgres") or ("@" in parts.path and not login) or parts.fragment:
         raise ValueError(NO_URL)
-    if not all(HOST.fullmatch(host) for host in hosts.split(",")):
+    if not all(HOST.fullmatch(host) and _is_name(host) for host in hosts.split(",")):
         raise ValueError(NO_URL)
     if any(int(port) > MAX_PORT for port in re.findall(r":([0-9]{1,5})(?:,|\Z)", hosts)):
         raise ValueError(NO_PORT)
+    if options.get("target_session_attrs", ["any"])[-1] not in SESSION_ATTRS:
+        raise ValueError(f"target_session_attrs is none of {', '.join(SESSION_ATTRS)}")
     if options.get("sslmode", ["prefer"])[-1] not in SSL_MODES:
         raise ValueError(f"sslmode is none of {', '.join(SSL_MODES)}")
     for name in TLS_FILES:
@@ -68,7 +81,8 @@ def _database_url(value: object) -> object:
 
 
 def _addresses(value: str) -> str:
-    if not all(address.strip() and HOST.fullmatch(address.strip()) for address in value.split(",")):
+    addresses = [address.strip() for address in value.split(",")]
+    if not all(address and HOST.fullmatch(address) and _is_name(address) for address in addresses):
         raise ValueError("must be host:port, several separated by commas")
     if any(int(port) > MAX_PORT for port in re.findall(r":([0-9]{1,5})\s*(?:,|\Z)", value)):
         raise ValueError(NO_PORT)
@@ -106,13 +120,28 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _is_name(address: str) -> bool:
+    """Whether the host of host:port can be looked up at all: a..b and labels of more than 63 characters cannot."""
+    try:
+        unquote(address.rpartition(":")[0] or address).strip("[]").encode("idna")
+    except UnicodeError:
+        return address.startswith(("/", "%2F", "%2f", "["))
+    return True
+
+
+def _listens_on(value: str) -> str:
+    if not value or not _is_name(value):
+        raise ValueError("is no host: write a name or an address of this machine")
+    return value
+
+
 def _tokens(value: object) -> object:
     """SHA-256 hex of a token (lower case) -> user id, None for `*`. Messages never quote what was set."""
     if not isinstance(value, str):
         return value
     try:
         given = json.loads(value, object_pairs_hook=_distinct)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         raise ValueError(TOKENS) from None
     if not isinstance(given, dict):
         raise ValueError(TOKENS)
@@ -136,6 +165,7 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 WholeNumber = Annotated[int, BeforeValidator(_whole)]
+Host = Annotated[str, AfterValidator(_listens_on)]
 Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
 Seconds = Annotated[float, Field(ge=0, le=365 * 86_400, allow_inf_nan=False)]
 
@@ -162,9 +192,9 @@ class Settings(BaseSettings):
     kafka_ssl_keyfile: Path | None = None
     topic_prefix: str = Field(default="", pattern=r"\A[A-Za-z0-9._-]{0,100}\z")
     group_id: str | None = None
-    http_host: str = "127.0.0.1"
+    http_host: Host = "127.0.0.1"
     http_port: Port = 8080
-    api_host: str = "127.0.0.1"
+    api_host: Host = "127.0.0.1"
     api_port: Port = 8081
     api_tokens: Annotated[Mapping[str, UUID | None], NoDecode, BeforeValidator(_tokens)] = Field(
         default_factory=dict, repr=False
@@ -182,6 +212,17 @@ class Settings(BaseSettings):
     producer_idempotence: bool = True
     cdc_topic: str | None = Field(default=None, pattern=r"\A[A-Za-z0-9._-]{1,249}\z")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_text(cls, value: object) -> object:
+        """The environment may hold any bytes; what is not UTF-8 would fail much later, and far from here."""
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError("is not UTF-8") from None
+        return value
 
     @property
     def group(self) -> str:
@@ -228,9 +269,17 @@ class Settings(BaseSettings):
             ]
         if (self.kafka_ssl_certfile is None) != (self.kafka_ssl_keyfile is None):
             problems.append("CAMPAIGN_STATS_KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE belong together: set both or none")
+        if self.cdc_topic in Topics(self.topic_prefix).all:
+            problems.append("CAMPAIGN_STATS_CDC_TOPIC is a topic of this service: name the one of the change records")
         if problems:
             raise ConfigError(problems) from None
         return self
+
+
+def unknown_settings() -> list[str]:
+    """Names in the environment that look like settings and are none; a misspelt one is ignored."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    return sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known)
 
 
 def read_settings(*without: str) -> Settings:

@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 from uuid import UUID
 
 import orjson
@@ -29,6 +29,10 @@ NOTHING: Final = "there is nothing here: POST /api/campaigns/{id}/sync-stats"
 UNAUTHORIZED: Final = "send Authorization: Bearer and a token of this service"
 
 log = structlog.get_logger(__name__)
+
+
+def _compact(document: object) -> str:
+    return orjson.dumps(document).decode()
 
 
 class OperatorsDoor:
@@ -53,13 +57,13 @@ class OperatorsDoor:
         await self._runner.cleanup()
 
     async def _livez(self, _: web.Request) -> web.Response:
-        return web.json_response({"alive": True})
+        return web.json_response({"alive": True}, dumps=_compact)
 
     async def _readyz(self, _: web.Request) -> web.Response:
         reason = self._health.not_ready
         if reason is not None:
-            return web.json_response({"ready": False, "reason": reason}, status=503)
-        return web.json_response({"ready": True, "degraded": self._health.degraded})
+            return web.json_response({"ready": False, "reason": reason}, status=503, dumps=_compact)
+        return web.json_response({"ready": True, "degraded": self._health.degraded}, dumps=_compact)
 
 
 class Sync(Protocol):
@@ -223,7 +227,8 @@ class _Connection(web.RequestHandler):
 
 class _Server(web.Server):
     def __call__(self) -> web.RequestHandler:
-        return _Connection(self, loop=asyncio.get_running_loop(), access_log=None, lingering_time=0)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"access_log": None, "lingering_time": 2.0, "auto_decompress": False}
+        return _Connection(self, loop=asyncio.get_running_loop(), **options)
 
 
 async def _listen(runner: web.BaseRunner, host: str, port: int, door: str) -> None:

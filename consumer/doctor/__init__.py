@@ -8,12 +8,12 @@ from rich.console import Console
 
 from consumer import broker
 from consumer.doctor.database import examine_database
-from consumer.doctor.findings import Finding, Report, not_checked, setting_finding
+from consumer.doctor.findings import Finding, Report, misspelt, not_checked, setting_finding
 from consumer.doctor.kafka import examine_kafka
 from consumer.errors import ConfigError
 from consumer.guard import Limits
 from consumer.service import kafka_connection
-from consumer.settings import UNUSED, Settings, read_settings
+from consumer.settings import UNUSED, Settings, read_settings, unknown_settings
 
 
 async def examine() -> Report:
@@ -38,7 +38,8 @@ async def examine() -> Report:
             ),
             _unknown("kafka", "KAFKA_*") if kafka is None or connection is None else examine_kafka(connection, kafka),
         )
-    return Report([("settings", [setting_finding(problem) for problem in problems]), *about_database, *about_kafka])
+    settings = [setting_finding(problem) for problem in problems] + [misspelt(name) for name in unknown_settings()]
+    return Report([("settings", settings), *about_database, *about_kafka])
 
 
 def _settings_problems() -> Sequence[str]:

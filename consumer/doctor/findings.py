@@ -103,3 +103,8 @@ def setting_finding(problem: str) -> Finding:
 
 def not_checked(why: str) -> Finding:
     return an_error(f"not checked: {why}", "nothing is known about it", f"{AGAIN}  # once the rest is mended")
+
+
+def misspelt(name: str) -> Finding:
+    """A name in the environment that looks like a setting and is none."""
+    return a_warning(f"{name} is no setting of this version", "it is ignored: is it misspelt?", f"unset {name}")

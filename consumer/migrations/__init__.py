@@ -102,7 +102,7 @@ async def migrate(database_url: str, *, reference_schema: bool = False) -> list[
     """
     try:
         connection = await asyncpg.connect(database_url, server_settings=SESSION)
-    except (asyncpg.PostgresError, *LOST) as error:
+    except (asyncpg.PostgresError, ValueError, OverflowError, *LOST) as error:
         if problem := refusal(error):
             raise ConfigError([problem]) from error
         raise Unavailable("database", f"cannot connect: {type(error).__name__}") from error
@@ -131,13 +131,13 @@ async def problems(connection: Connection, *, api: bool = False) -> list[str]:
 
     `api`: also what the sync-stats door needs.
     """
-    found = await missing_columns(connection)
+    found = [*await missing_columns(connection), *await missing_rights(connection, api=api)]
     try:
-        if not found:
-            found = await missing_rights(connection, api=api)
-        missing = await pending(connection) if not found else []
+        missing = await pending(connection)
     except ConfigError as error:
         return [*found, *error.problems]
+    except asyncpg.InsufficientPrivilegeError:  # said above
+        return found
     if missing or await connection.fetchval("SELECT to_regnamespace('campaign_stats') IS NULL"):
         found.append(f"the database lacks {len(missing) or 'all'} of our migrations: run `campaign-stats migrate`")
     return found

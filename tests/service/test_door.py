@@ -202,6 +202,11 @@ async def test_a_body_is_ignored_up_to_1024_bytes(api: Api, db: asyncpg.Connecti
     campaign_id = await add_campaign(db)
     assert (await api.sync(campaign_id, data=b"x" * 1024))[0] == 200
     assert (await api.sync(campaign_id, data=b"x" * 1025))[0] == 413
+    path, packed = f"/api/campaigns/{campaign_id}/sync-stats", {"Content-Encoding": "gzip"}
+    headers = {"Authorization": f"Bearer {OWN}", **packed}
+    url = f"http://127.0.0.1:{api.running.api_port}{path}"
+    async with api.session.post(url, data=b"no gzip", headers=headers) as response:
+        assert response.status == 200
 
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(5):

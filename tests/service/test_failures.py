@@ -45,13 +45,13 @@ async def test_without_its_database_it_stays_alive_and_ready_and_recovers_by_its
         await bus.publish(bus.topics.prefix + "prospect.status-changed", hint(campaign_id), key=str(campaign_id))
 
         async def degraded() -> bool:
-            return await running.get("/readyz") == (200, '{"ready": true, "degraded": ["database"]}')
+            return await running.get("/readyz") == (200, '{"ready":true,"degraded":["database"]}')
 
         await eventually(degraded, "the database is degraded", running)
         server.start()
 
         async def healthy() -> bool:
-            return await running.get("/readyz") == (200, '{"ready": true, "degraded": []}')
+            return await running.get("/readyz") == (200, '{"ready":true,"degraded":[]}')
 
         await eventually(healthy, "healthy again", running)
         db = await connect(server.url())
@@ -114,7 +114,7 @@ async def test_without_kafka_events_wait_in_the_outbox_and_follow_when_it_is_bac
         await eventually(both, "the events follow", running, timeout_s=40)
 
         async def healthy() -> bool:
-            return await running.get("/readyz") == (200, '{"ready": true, "degraded": []}')
+            return await running.get("/readyz") == (200, '{"ready":true,"degraded":[]}')
 
         await eventually(healthy, "healthy again", running, timeout_s=40)
         assert len([line for line in running.logs if line.get("logger", "").startswith("aiokafka")]) < 60
@@ -285,6 +285,28 @@ async def test_a_shutdown_that_overruns_its_deadline_ends_with_3_and_loses_nothi
     await db.execute("DROP TRIGGER slow ON campaigns")
     await service()  # the next owner repeats it
     await eventually(lambda: _is_true(db, campaign_id), "recounted by the next owner")
+
+
+async def test_run_lists_missing_columns_rights_and_topics_at_once(
+    environment: dict[str, str], db: asyncpg.Connection, database_url: str
+) -> None:
+    name = f"r{uuid4().hex[:8]}"
+    await db.execute(
+        f"""ALTER TABLE campaigns DROP COLUMN pause_reason; CREATE ROLE {name} LOGIN;
+            GRANT USAGE ON SCHEMA campaign_stats TO {name}; GRANT SELECT ON campaign_prospects TO {name}"""
+    )
+    try:
+        poor = {
+            **environment,
+            "DATABASE_URL": database_url.replace("postgres@", f"{name}@"),
+            "CAMPAIGN_STATS_CDC_TOPIC": "nowhere",
+        }
+        code, _, error = await command(poor, "run")
+    finally:
+        await db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+    assert code == 2
+    for sentence in ("lacks pause_reason", "may not SELECT", "may not INSERT campaign_stats.outbox", "unset CAMPAIGN"):
+        assert sentence in error
 
 
 async def test_wrong_addresses_and_an_empty_database_are_told_with_exit_code_2(

@@ -292,7 +292,7 @@ async def test_a_failing_campaign_is_deferred_answered_and_healed(
 
 async def test_health_and_metrics_answer(service: StartService) -> None:
     running = await service()
-    assert await running.get("/livez") == (200, '{"alive": true}')
+    assert await running.get("/livez") == (200, '{"alive":true}')
     status, body = await running.get("/readyz")
     assert (status, json.loads(body)) == (200, {"ready": True, "degraded": []})
     metrics = await running.metrics()
@@ -473,6 +473,19 @@ async def test_tail_follows_what_is_published(
         await bus.publish(topic, b"oops", key=str(campaign_id), headers=[("h", None)])
         await bus.publish(bus.topics.prefix + "campaign.paused", {"type": "campaign.paused.v1", "data": {}})
         lines = {(await tail.stdout.readline()).decode().rstrip() for _ in range(4)}
+        deep = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "consumer", "tail", "--json", env=environment, cwd=REPOSITORY,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert deep.stderr is not None
+        assert deep.stdout is not None
+        await deep.stderr.readline()
+        await bus.publish(topic, b"[\n" * 1_010 + b"]" * 1_010, key=str(campaign_id))
+        line = await deep.stdout.readline()
+        assert line.count(b"[") == 1_010
+        assert b'"dead-letter-reason":"not_cloudevent"' in line
+        deep.send_signal(signal.SIGINT)
+        await deep.communicate()
     tail.send_signal(signal.SIGINT)
     await tail.communicate()
     assert tail.returncode == 130

@@ -91,11 +91,12 @@ async def test_dead_letters_of_the_running_service_are_listed_shown_and_sent_bac
     assert (code, err) == (0, "")
     assert counts == {"sent": 1, "skipped": 0, "impossible": 0, "failed": 0, "missing": [], "dry_run": False}
     first, second = [record for record in await bus.read(topic) if record.key == b"the key"]
-    assert (second.value, second.headers) == (first.value, first.headers)
+    assert (second.value, second.headers[:-1]) == (first.value, first.headers)
     assert await marks(db) == [(topic, at.partition, at.offset)]
     await eventually(lambda: _length(bus, bus.topics.dead_letters, 2))  # buried again
 
-    assert (await redrive(environment, "--topic", topic, "--limit", "1"))[1]["sent"] == 1  # the new one only
+    assert (await redrive(environment, "--topic", topic, "--limit", "1"))[1]["skipped"] == 2  # the new one too
+    assert (await redrive(environment, "--topic", topic, "--limit", "1", "--again"))[1]["sent"] == 1
     code, counts, _ = await redrive(environment, "--until", "2020-01-01", "--again")
     assert (code, counts["sent"]) == (0, 0)
 
@@ -120,9 +121,10 @@ async def test_what_is_sent_back_has_its_key_its_bytes_and_its_own_headers(
     back = {len(record.value): record for record in await bus.read(bus.topics.prefix + "prospect.status-changed")}
     assert back[10].value == b'{"a": 1}\n\xff'
     assert back[10].key == "Ann\u00e9".encode()
-    assert [*back[10].headers] == own
-    assert (back[0].key, [*back[0].headers]) == (None, own)
-    assert (back[5].key, back[5].headers) == (None, ())
+    assert {record.headers[-1][0] for record in back.values()} == {"dead-letter-redriven"}
+    assert [*back[10].headers[:-1]] == own
+    assert (back[0].key, [*back[0].headers[:-1]]) == (None, own)
+    assert (back[5].key, back[5].headers[:-1]) == (None, ())
     assert back[900_000].key == b"big"
 
 
@@ -666,3 +668,31 @@ async def test_missing_topics_and_tables_are_said_with_exit_2(
         code, _, err = await command(environment, *arguments)
         assert code == 2, arguments
         assert "Traceback" not in err
+
+
+async def test_what_comes_back_still_unreadable_is_not_sent_again_unless_asked(
+    service: StartService, environment: dict[str, str], bus: Bus
+) -> None:
+    topic, letters = bus.topics.prefix + "prospect.status-changed", bus.topics.dead_letters
+    await service()
+    await bus.publish(topic, b"never readable")
+
+    async def letters_are(count: int) -> bool:
+        return len(await bus.read(letters)) == count
+
+    await eventually(lambda: letters_are(1), "a dead letter")
+    assert (await redrive(environment, "--all"))[1]["sent"] == 1
+    await eventually(lambda: letters_are(2), "it comes back")
+    assert {name: count for name, count in (await redrive(environment, "--all"))[1].items() if count} == {"skipped": 2}
+    _, out, _ = await command(environment, "dead-letters", "list", "--json")
+    assert all(line["redriven_at"] for line in json.loads(out))
+    assert (await redrive(environment, "--all", "--again"))[1]["sent"] == 2
+
+
+async def test_nothing_is_sent_to_a_topic_that_the_service_does_not_read(environment: dict[str, str], bus: Bus) -> None:
+    paused = bus.topics.prefix + "campaign.paused"
+    await bus.publish(bus.topics.dead_letters, b"{}", headers=letter_headers(paused, 0, 1))
+    code, counts, err = await redrive(environment, "--all")
+    assert (code, counts["sent"], counts["failed"]) == (1, 0, 1)
+    assert "none that the service reads" in err
+    assert await bus.read(paused) == []

@@ -4,7 +4,7 @@ import pytest
 
 from consumer.errors import ConfigError
 from consumer.guard import Limits, Mode
-from consumer.settings import Settings, read_settings
+from consumer.settings import Settings, read_settings, unknown_settings
 
 DATABASE_URL = "postgresql://service:hunter2-database@db.example/product"
 PASSWORD = "hunter2-kafka"
@@ -272,7 +272,9 @@ def test_every_kind_of_database_url_is_taken(environment: pytest.MonkeyPatch, ur
 
 @pytest.mark.parametrize(
     "url", ["nonsense", "mysql://h/db", "postgresql://u:s3cr3t/w@h/db", "postgresql://u:123/w@h/db", "postgresql://h:x/db",
-            "postgresql://h/db?sslmode=s3cr3t", "postgresql://h:65536/db", "postgresql://h/db?sslrootcert=/s3cr3t"],
+            "postgresql://h/db?sslmode=s3cr3t", "postgresql://h:65536/db", "postgresql://h/db?sslrootcert=/s3cr3t",
+            "postgresql://u:s3cr3t@db..example/x", "postgresql://u:s3cr3t@" + "l" * 64 + "/x",
+            "postgresql://h/db?target_session_attrs=s3cr3t", "postgresql://\udcff/s3cr3t"],
 )  # fmt: skip
 def test_a_wrong_database_url_is_refused_without_being_shown(environment: pytest.MonkeyPatch, url: str) -> None:
     environment.setenv("DATABASE_URL", url)
@@ -286,7 +288,29 @@ def test_limits_that_no_column_holds_are_refused(environment: pytest.MonkeyPatch
     assert "2147483647" in problems(environment, GUARD_WINDOW=window, GUARD_MIN_SENT=min_sent)[0]
 
 
-@pytest.mark.parametrize("servers", ["h:abc", "h:65536", "a:9092,b:99999", "a:9092,,b:9092", ""])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("HTTP_HOST", "a..b"), ("API_HOST", "\udcff"), ("GROUP_ID", "\udcff"), ("API_TOKENS", "[" * 60_000),
+     ("CDC_TOPIC", "campaign.paused")],
+)  # fmt: skip
+def test_what_would_fail_only_later_is_refused_at_once(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
+    [problem] = problems(environment, **{name: value})
+    assert problem.startswith(f"CAMPAIGN_STATS_{name}")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::", "::1", "localhost", "a.example"])
+def test_usual_hosts_are_taken(environment: pytest.MonkeyPatch, host: str) -> None:
+    environment.setenv("CAMPAIGN_STATS_HTTP_HOST", host)
+    assert read_settings().http_host == host
+
+
+def test_misspelt_settings_are_found(environment: pytest.MonkeyPatch) -> None:
+    assert unknown_settings() == []
+    environment.setenv("CAMPAIGN_STATS_GUARD_TRESHOLD_BP", "1")
+    assert unknown_settings() == ["CAMPAIGN_STATS_GUARD_TRESHOLD_BP"]
+
+
+@pytest.mark.parametrize("servers", ["h:abc", "h:65536", "a:9092,b:99999", "a:9092,,b:9092", "", "kafka..x:9092"])
 def test_wrong_broker_addresses_are_refused(environment: pytest.MonkeyPatch, servers: str) -> None:
     environment.setenv("KAFKA_BOOTSTRAP_SERVERS", servers)
     with pytest.raises(ConfigError, match="KAFKA_BOOTSTRAP_SERVERS"):
