@@ -150,8 +150,6 @@ def refusal(error: BaseException | None) -> str | None:
         return f"DATABASE_URL: the server refuses the value of an option in it ({error.sqlstate}); put it right"
     if isinstance(error, asyncpg.ClientConfigurationError):
         return f"DATABASE_URL: {str(error).splitlines()[0]}; put this option right"
-    if isinstance(error, ValueError | OverflowError):  # of reading the URL, a PG* variable or a password file
-        return f"DATABASE_URL: {type(error).__name__} in it, or in a PG* variable of the environment; put it right"
     if isinstance(error, ssl.SSLError):
         return (
             f"DATABASE_URL: TLS fails ({error.reason or type(error).__name__}); check sslmode, sslrootcert, sslcert and"
@@ -159,6 +157,8 @@ def refusal(error: BaseException | None) -> str | None:
         )
     if isinstance(error, ConnectionError) and "rejected SSL upgrade" in str(error):  # asyncpg has no class for it
         return "DATABASE_URL: the server has no TLS, but sslmode asks for it; turn TLS on or choose another sslmode"
+    if isinstance(error, ValueError | OverflowError):  # of reading the URL, a PG* variable or a password file
+        return f"DATABASE_URL: {type(error).__name__} in it, or in a PG* variable of the environment; put it right"
     return None
 
 

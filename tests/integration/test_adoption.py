@@ -144,7 +144,7 @@ async def test_control_a_patient_wait_for_the_lock_would_hold_up_every_writer(
         async with transaction_of_somebody(empty_database_url, move, held):
             running = asyncio.create_task(migrations.migrate(empty_database_url))
             await eventually(lambda: writer.longest_s > 0.5 + MARGIN_S, "the writer is held up")
-        await running
+        assert await running == [migration.name for migration in migrations.released()]
 
 
 async def test_no_writer_waits_while_migrate_waits_for_a_vacuum(

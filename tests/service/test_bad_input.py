@@ -298,7 +298,7 @@ async def test_requests_for_nobody_and_by_strangers_are_answered_not_found(
     async def all_answered() -> bool:
         return await answers() == {request["id"]: reason for request, reason in requests}
 
-    await eventually(all_answered, "everybody has the right answer", running)
+    assert await eventually(all_answered, "everybody has the right answer", running)
 
 
 @pytest.mark.apache_kafka

@@ -245,6 +245,7 @@ async def test_stubs_are_counted_and_what_cannot_be_sent_is_said(
         await bury(bus, f"{len(stub)}-99", b"", key=None, reason=stub)
     await bus.publish(bus.topics.dead_letters, b"foreign", headers=[("dead-letter-topic", b"../etc")])
     gone = bus.topics.prefix + "gone"
+    environment["CAMPAIGN_STATS_CDC_TOPIC"] = gone  # one that it reads, but that is no longer there
     await bury(bus, 1, topic=gone, key=None)
     good = await bury(bus, 2, key=None)
     code, counts, err = await redrive(environment, "--all")
@@ -266,7 +267,7 @@ async def test_one_that_is_refused_does_not_hold_up_the_others(
 ) -> None:
     from consumer import broker
 
-    small = bus.topics.prefix + "small"
+    small = environment["CAMPAIGN_STATS_CDC_TOPIC"] = bus.topics.prefix + "small"
     await broker.create_topics(
         broker.Connection(bus.bootstrap, {}), {small: {"max.message.bytes": "2000"}}, partitions=1, replication=1
     )
