@@ -1,6 +1,6 @@
 # Needs only python3 (3.11 or newer) and make; everything else is fetched into .venv and .cache.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit lint format bench bench-adopt lock clean
+.PHONY: help demo test test-unit faults lint format bench bench-adopt lock clean
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,10 +14,14 @@ demo: $(READY) ## See the service at work on embedded servers and prove itself (
 
 # Two workers, each with servers of its own.
 test: $(READY) ## All tests, on real servers that they start themselves; ARGS="-k guard"
-	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-unit: $(READY) ## Tests that need no server (seconds)
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+faults: $(READY) ## Every fault on a cluster of three brokers, a line each (needs Java 17 and Maven); SEED=123 ARGS="-k relay"
+	@CAMPAIGN_STATS_REQUIRE_KAFKA=1 $(if $(SEED),CAMPAIGN_STATS_FAULT_SEED=$(SEED)) $(BIN)/python -m pytest tests/faults \
+		-m "faults or not faults" -p tests.faults.report $(ARGS)
 
 lint: $(READY) ## ruff, mypy, import layers
 	@$(BIN)/ruff check .

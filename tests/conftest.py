@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -34,13 +35,14 @@ AVAILABLE = {
     "kcat": shutil.which("kcat") is not None,
     "machine_postgres": machine_binaries() is not None,
 }
-ORDER = ("unit", "integration", "service")
+ORDER = ("faults", "unit", "integration", "service")
 NEEDS = (
     ("Java 17 or Maven is", AVAILABLE["apache_kafka"]),
     ("kcat is", AVAILABLE["kcat"]),
     ("a PostgreSQL of the machine's own is", AVAILABLE["machine_postgres"]),
 )
 not_run: list[str] = []
+os.environ.setdefault("CAMPAIGN_STATS_FAULT_SEED", str(random.randrange(10**6)))  # one for all workers
 
 
 class Kafka(Protocol):
@@ -66,13 +68,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Quick tests first; what this machine cannot run is left out by name and said at the end."""
+    """What takes long first, then quick tests; what this machine cannot run is left out by name and said at the end."""
 
     def rank(item: pytest.Item) -> int:
         parts = item.path.relative_to(REPOSITORY / "tests").parts
         return ORDER.index(parts[0]) if parts[0] in ORDER else len(ORDER)
 
     items.sort(key=rank)
+    for item in items:
+        if "grid" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("grid"))  # one worker, so that three brokers are enough
     absent = {marker for marker, present in AVAILABLE.items() if not present}
     left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in absent)]
     if left_out:
@@ -96,6 +101,8 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """What was not run, and how to run it."""
     write = terminalreporter.write_line
+    if terminalreporter.stats.get("failed"):
+        write(f"Seed of the faults: CAMPAIGN_STATS_FAULT_SEED={os.environ['CAMPAIGN_STATS_FAULT_SEED']}")
     if not java_available():
         write("")
         write("The tests ran on the embedded broker, not on Apache Kafka.")
@@ -312,6 +319,14 @@ class RunningService:
                 await self.reader
             return code
 
+    async def ready(self, timeout_s: float = 20) -> None:
+        """Wait until it says so."""
+
+        async def is_ready() -> bool:
+            return self.port > 0 and (await self.get("/readyz"))[0] == 200
+
+        await eventually(is_ready, "the service is ready", self, timeout_s=timeout_s)
+
     async def get(self, path: str) -> tuple[int, str]:
         """Status and body of a GET on the operators' port."""
 
@@ -362,29 +377,35 @@ async def service(environment: dict[str, str]) -> AsyncIterator[StartService]:
 
     async def start(*arguments: str, ready: bool = True, **settings: object) -> RunningService:
         names = {f"CAMPAIGN_STATS_{name.upper()}": str(value) for name, value in settings.items()}
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "consumer", "run", *arguments,
-            env={**environment, **names}, cwd=REPOSITORY, limit=2**24,
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
-        one = RunningService(process)
-        one.reader = asyncio.create_task(_read_logs(one))
+        one = await start_service({**environment, **names}, *arguments)
         running.append(one)
         if ready:
-            await eventually(lambda: one.port > 0, f"the service listens: {one.raw}", one)
-
-            async def is_ready() -> bool:
-                status, _ = await one.get("/readyz")
-                return status == 200
-
-            await eventually(is_ready, "the service is ready", one)
+            await one.ready()
         return one
 
     yield start
+    await end_services(running)
+
+
+async def start_service(environment: dict[str, str], *arguments: str, module: str = "consumer") -> RunningService:
+    """The service as a process, not waited for. `module` stands in for it in tests that rig it."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", module, "run", *arguments,
+        env=environment, cwd=REPOSITORY, limit=2**24,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    one = RunningService(process)
+    one.reader = asyncio.create_task(_read_logs(one))
+    return one
+
+
+async def end_services(running: Sequence[RunningService]) -> None:
+    """SIGTERM to those that still run; AssertionError for any that did not end as it should."""
     problems = []
     for one in running:
         if one.process.returncode is None:
             one.terminate()
+    for one in running:
         try:
             code = await one.wait()
         except TimeoutError:
@@ -447,7 +468,12 @@ async def command(environment: dict[str, str], *arguments: str, timeout_s: float
         sys.executable, "-m", "consumer", *arguments, env=environment, cwd=REPOSITORY,
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    async with asyncio.timeout(timeout_s):
-        out, err = await process.communicate()
+    try:
+        async with asyncio.timeout(timeout_s):
+            out, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()

@@ -1,11 +1,12 @@
-"""Apache Kafka as a child process, from Maven; for tests and benchmarks. One KRaft node, or several for faults."""
+"""Apache Kafka as child processes, from Maven; for tests and benchmarks. One KRaft node, or three for faults."""
 
 import contextlib
 import fcntl
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -133,3 +134,53 @@ class ApacheKafka(Server):
         with contextlib.closing(socket.socket()) as probe:
             probe.settimeout(0.2)
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+class ApacheCluster:
+    """Three nodes that keep three replicas of everything, two of which must have a record before it is acknowledged.
+
+    `doors`: for each node the loopback port that it tells clients of its second listener, where a proxy may stand; that
+    listener itself is at `behind`.
+    """
+
+    def __init__(self, directory: Path, doors: Mapping[int, int], properties: Mapping[str, str] | None = None) -> None:
+        self.nodes = {number: ApacheKafka(directory / f"kafka-{number}") for number in doors}
+        voters = ",".join(f"{number}@127.0.0.1:{node.controller_port}" for number, node in self.nodes.items())
+        for number, node in self.nodes.items():
+            node.secured = {"PROXIED": "PLAINTEXT"}
+            node.ports = {"PROXIED": free_port()}
+            node.properties = {
+                "node.id": str(number),
+                "controller.quorum.voters": voters,
+                "advertised.listeners": (f"PLAINTEXT://127.0.0.1:{node.port},PROXIED://127.0.0.1:{doors[number]}"),
+                "inter.broker.listener.name": "PLAINTEXT",
+                "min.insync.replicas": "2",
+                "default.replication.factor": "3",
+                "offsets.topic.replication.factor": "3",
+                "transaction.state.log.replication.factor": "3",
+                "transaction.state.log.min.isr": "2",
+                **(properties or {}),
+            }
+
+    @property
+    def bootstrap(self) -> str:
+        """Past the proxies, for the tests themselves."""
+        return ",".join(node.bootstrap for node in self.nodes.values())
+
+    @property
+    def behind(self) -> dict[int, int]:
+        """Node -> the port that a proxy for it connects to."""
+        return {number: node.ports["PROXIED"] for number, node in self.nodes.items()}
+
+    def start(self, numbers: Iterable[int] = ()) -> None:
+        """Start these nodes, or all, at once: one alone would wait for a second vote. Raises ServerFailed."""
+        kafka_jars()
+        wanted = [self.nodes[number] for number in numbers] or list(self.nodes.values())
+        with ThreadPoolExecutor(len(wanted)) as pool:
+            for started in [pool.submit(node.start) for node in wanted]:
+                started.result()
+
+    def stop(self) -> None:
+        """End all nodes, the hard way: nothing of theirs is needed afterwards."""
+        for node in self.nodes.values():
+            node.kill()

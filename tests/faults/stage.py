@@ -1,0 +1,188 @@
+"""One scenario: servers, a database and topics of its own, an upstream, replicas of the service, a checker."""
+
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+from uuid import UUID, uuid4
+
+import asyncpg
+
+from consumer import broker
+from consumer.demo.servers import Postgres, free_port
+from schemas.topics import Topics
+from tests.conftest import RunningService, end_services, eventually, start_service
+from tests.faults import checker
+from tests.faults.checker import Findings
+from tests.faults.proxy import Proxy
+from tests.faults.upstream import Upstream
+from tests.servers import ApacheCluster
+
+SEED: Final = int(os.environ["CAMPAIGN_STATS_FAULT_SEED"])  # tests/conftest.py sets it if nobody did
+PARTITIONS: Final = 3
+GROUP_PATIENCE_MS: Final = 6_000  # the least that a broker takes; what is real about 15 s has tests of its own
+SETTLE_S: Final = 60.0
+
+
+class Grid:
+    """Three brokers, each behind a proxy that the service must go through."""
+
+    def __init__(self, directory: Path, properties: Mapping[str, str] | None = None) -> None:
+        doors = {number: free_port() for number in (1, 2, 3)}
+        self.cluster = ApacheCluster(directory, doors, properties)
+        self.proxies = {number: Proxy(port, self.cluster.behind[number]) for number, port in doors.items()}
+
+    @property
+    def bootstrap(self) -> str:
+        """Through the proxies."""
+        return ",".join(f"127.0.0.1:{proxy.port}" for proxy in self.proxies.values())
+
+    def start(self) -> None:
+        """Start everything. Raises ServerFailed."""
+        self.cluster.start()
+        for proxy in self.proxies.values():
+            proxy.start()
+
+    def stop(self) -> None:
+        """End everything."""
+        for proxy in self.proxies.values():
+            proxy.stop()
+        self.cluster.stop()
+
+
+@dataclass
+class Stage:
+    """What a scenario needs. `url` is the database as the tests see it, past any proxy."""
+
+    grid: Grid
+    url: str
+    topics: Topics
+    upstream: Upstream
+    environment: dict[str, str]
+    replicas: list[RunningService] = field(default_factory=list)
+
+    @property
+    def group(self) -> str:
+        """Of the service."""
+        return f"{self.topics.prefix}campaign-stats"
+
+    async def replica(
+        self,
+        *arguments: str,
+        ready: bool = True,
+        point: str = "",
+        passes: int = 1,
+        number: int = 9,
+        breakage: str = "",
+        real_patience: bool = False,
+        **settings: object,
+    ) -> RunningService:
+        """Start one. With `point` it gets the signal `number` there, at its n-th passing."""
+        rigged = {
+            "FAULT_POINT": point,
+            "FAULT_PASSES": str(passes),
+            "FAULT_SIGNAL": str(number),
+            "FAULT_BREAKAGE": breakage,
+            "FAULT_SESSION_MS": "" if real_patience else str(GROUP_PATIENCE_MS),
+        }
+        named = {f"CAMPAIGN_STATS_{name.upper()}": str(value) for name, value in settings.items()}
+        one = await start_service({**self.environment, **rigged, **named}, *arguments, module="tests.faults.rigged")
+        if point and number == 9:
+            one.expected_exit = None
+        self.replicas.append(one)
+        if ready:
+            await one.ready(60)
+        return one
+
+    async def settled(self, timeout_s: float = SETTLE_S) -> None:
+        """Wait until every record is committed and nothing waits in our tables, twice in a row."""
+        quiet = 0
+
+        async def is_quiet() -> bool:
+            nonlocal quiet
+            left = await checker.lag(self.grid.cluster.bootstrap, self.group, self.topics.read)
+            db = await asyncpg.connect(self.url)
+            try:
+                waiting = await db.fetchval(
+                    "SELECT (SELECT count(*) FROM campaign_stats.outbox WHERE set_aside_at IS NULL)"
+                    " + (SELECT count(*) FROM campaign_stats.deferred)"
+                )
+            finally:
+                await db.close()
+            quiet = quiet + 1 if not left and not waiting else 0
+            return quiet > 1
+
+        await eventually(is_quiet, "all is quiet", timeout_s=timeout_s)
+
+    async def check(self, *, paused: Sequence[UUID] = (), untold: Sequence[UUID] = ()) -> Findings:
+        """What the checker finds now."""
+        return await checker.check(
+            self.url,
+            self.grid.cluster.bootstrap,
+            self.topics,
+            self.group,
+            requested=self.upstream.requested,
+            garbage=self.upstream.garbage,
+            paused=paused,
+            untold=untold,
+        )
+
+    async def settled_and_checked(self, *, paused: Sequence[UUID] = (), untold: Sequence[UUID] = ()) -> Findings:
+        """Wait for quiet, then check; a service that never gets there is a finding too."""
+        late = None
+        try:
+            await self.settled()
+        except AssertionError as error:
+            late = str(error)
+        findings = await self.check(paused=paused, untold=untold)
+        findings.must(late is None, f"never quiet: {late}")
+        return findings
+
+
+@asynccontextmanager
+async def stage(
+    grid: Grid, postgres: Postgres, *, partitions: int = PARTITIONS, door: Proxy | None = None
+) -> AsyncIterator[Stage]:
+    """A fresh database (from the template where the server has one) and fresh topics. `door`: a proxy to PostgreSQL."""
+    name = f"f{uuid4().hex[:12]}"
+    admin = await asyncpg.connect(postgres.url())
+    await admin.execute(f"CREATE DATABASE {name} TEMPLATE template_cs")
+    await admin.close()
+    topics = Topics(f"{name}.")
+    await broker.create_topics(
+        broker.Connection(grid.cluster.bootstrap, {}),
+        {topic: {} for topic in topics.all},
+        partitions=partitions,
+        replication=3,
+    )
+    url = postgres.url(name)
+    upstream = Upstream(url, grid.cluster.bootstrap, topics, SEED)
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("CAMPAIGN_STATS_", "FAULT_"))
+    }
+    one = Stage(
+        grid,
+        url,
+        topics,
+        upstream,
+        {
+            **inherited,
+            "DATABASE_URL": url if door is None else f"postgresql://postgres@127.0.0.1:{door.port}/{name}",
+            "KAFKA_BOOTSTRAP_SERVERS": grid.bootstrap,
+            "CAMPAIGN_STATS_TOPIC_PREFIX": topics.prefix,
+            "CAMPAIGN_STATS_HTTP_PORT": "0",
+            "CAMPAIGN_STATS_SWEEP_INTERVAL_S": "0",
+            "CAMPAIGN_STATS_DRIFT_GRACE_S": "0.2",
+        },
+    )
+    try:
+        yield one
+        await end_services(one.replicas)
+    finally:
+        for replica in one.replicas:
+            if replica.process.returncode is None:
+                replica.process.kill()
+                await replica.process.wait()
+        await upstream.close()

@@ -1,0 +1,89 @@
+"""SIGKILL at every step of the way: nothing is lost, nothing is invented, whoever comes next repeats it harmlessly."""
+
+import asyncio
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+
+from consumer.demo.servers import Postgres
+from tests.faults.checker import Findings
+from tests.faults.rigged import POINTS
+from tests.faults.stage import Grid, Stage, stage
+from tests.world import hint
+
+pytestmark = pytest.mark.apache_kafka
+
+AT_ONCE = 5  # scenarios that run side by side, most of the time waiting for the group to miss its dead member
+
+
+async def eventful(one: Stage) -> list[UUID]:
+    """Something for every part of the service to do, and no second word on any of it; who must be paused."""
+    upstream = one.upstream
+    plain = await upstream.campaigns(30, {"pending": 20, "sent": 5})
+    bouncing = await upstream.campaigns(3, {"pending": 5, "sent": 200, "bounced": 20})
+    locked = await upstream.campaigns(1, {"pending": 20})
+    asked = await upstream.campaigns(3, {"sent": 3})
+    holder = await asyncpg.connect(one.url)
+    try:
+        async with holder.transaction():
+            await holder.execute("SELECT FROM campaigns WHERE id = $1 FOR UPDATE", locked[0])
+            await upstream.babble(3)
+            await upstream.change([*plain, *bouncing], "sent")
+            await upstream.request([*asked, uuid4()])
+            # The row is held, so this is a change of which only the prospects know.
+            await holder.execute("UPDATE campaign_prospects SET status = 'sent' WHERE campaign_id = $1", locked[0])
+            await upstream.publish([(one.topics.of("prospect.status_changed.v1"), str(locked[0]), hint(locked[0]))])
+            await asyncio.sleep(0.5)
+    finally:
+        await holder.close()
+    return bouncing
+
+
+async def killed_there(grid: Grid, postgres: Postgres, point: str, *, breakage: str = "") -> Findings:
+    """A replica dies at the point, another one finishes the work; what the checker finds."""
+    async with stage(grid, postgres) as one:
+        sweeps = "sweep" in point
+        drifted = await one.upstream.campaigns(2, {"sent": 4}) if sweeps else []
+        interval_s = 0.3 if sweeps else 0
+        doomed = await one.replica(point=point, breakage=breakage, ready=not sweeps, sweep_interval_s=interval_s)
+        paused = await eventful(one)
+        assert await doomed.wait(60) == -9, f"not killed at `{point}`: {doomed.raw[-5:]}"
+        await one.replica(sweep_interval_s=interval_s)
+        return await one.settled_and_checked(paused=paused, untold=[] if sweeps else drifted)
+
+
+async def test_a_kill_at_any_step_loses_and_invents_nothing(grid: Grid, postgres: Postgres) -> None:
+    """SIGKILL at each of the named points between poll and offsets."""
+    turn = asyncio.Semaphore(AT_ONCE)
+
+    async def one(point: str) -> tuple[str, list[str]]:
+        async with turn:
+            return point, (await killed_there(grid, postgres, point)).problems
+
+    results = await asyncio.gather(*(one(point) for point in POINTS))
+    assert [result for result in results if result[1]] == []
+
+
+BROKEN = (
+    ("offsets_before_the_transaction", "in chunk", "follower: nothing was ever told"),
+    ("stats_without_their_news", "after chunk", "follower: nothing was ever told"),
+    ("delete_before_the_acknowledgement", "before send", "follower: nothing was ever told"),
+    ("fresh_id_for_each_sending", "after acknowledgement", "pauses: one pause was told under two ids"),
+    ("dead_letters_after_the_offsets", "after offsets", "dead letters: b'no JSON"),
+    ("take_rows_and_forget_them", "in deferred", "numbers: "),
+)
+"""Deliberate breakage, where it is killed, what the checker must say."""
+
+
+async def test_the_same_kills_find_a_service_that_is_broken(grid: Grid, postgres: Postgres) -> None:
+    """Six deliberate breakages, each found by a kill at the right moment."""
+    turn = asyncio.Semaphore(AT_ONCE)
+
+    async def one(breakage: str, point: str) -> list[str]:
+        async with turn:
+            return (await killed_there(grid, postgres, point, breakage=breakage)).problems
+
+    results = await asyncio.gather(*(one(breakage, point) for breakage, point, _ in BROKEN))
+    for (breakage, point, due), problems in zip(BROKEN, results, strict=True):
+        assert any(problem.startswith(due) for problem in problems), (breakage, point, problems)
