@@ -1,6 +1,6 @@
 # Needs only python3 (3.11 or newer) and make; everything else is fetched into .venv and .cache.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit faults lint format bench bench-adopt lock clean
+.PHONY: help demo test test-unit faults soak lint format bench bench-adopt lock clean
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -22,6 +22,9 @@ test-unit: $(READY) ## Tests that need no server (seconds)
 faults: $(READY) ## Every fault on a cluster of three brokers, a line each (needs Java 17 and Maven); SEED=123 ARGS="-k relay"
 	@CAMPAIGN_STATS_REQUIRE_KAFKA=1 $(if $(SEED),CAMPAIGN_STATS_FAULT_SEED=$(SEED)) $(BIN)/python -m pytest tests/faults \
 		-m "faults or not faults" -p tests.faults.report $(ARGS)
+
+soak: $(READY) ## Random faults under load, checked every round (needs Java 17 and Maven); MINUTES=60 SEED=123
+	@$(if $(SEED),CAMPAIGN_STATS_FAULT_SEED=$(SEED)) $(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),10)
 
 lint: $(READY) ## ruff, mypy, import layers
 	@$(BIN)/ruff check .

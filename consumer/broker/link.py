@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import structlog
 from aiokafka.abc import AbstractTokenProvider
+from aiokafka.client import ConnectionGroup
 from aiokafka.conn import collect_hosts, create_conn
 from aiokafka.errors import (
     CommitFailedError,
@@ -22,6 +23,7 @@ from aiokafka.errors import (
     UnsupportedCodecError,
     UnsupportedSaslMechanismError,
 )
+from aiokafka.protocol.group import JoinGroupRequest, SyncGroupRequest
 
 from consumer.errors import ConfigError, ServiceError, Unavailable
 
@@ -30,6 +32,8 @@ POLL_MS: Final = 500
 CALL_DEADLINE_S: Final = 10.0  # commits and look-ups hang while brokers are away; below the session's patience
 START_DEADLINE_S: Final = 30.0
 STOP_DEADLINE_S: Final = 2.0
+CONNECT_DEADLINE_S: Final = 4.0  # with login
+REQUEST_DEADLINE_S: Final = 15.0  # a full fetch over a slow line takes its time
 KNOCK_DEADLINE_S: Final = 10.0  # to ask a broker why it does not take us
 BROKEN_BYTES: Final = (
     CorruptRecordException, RecordTooLargeError, UnsupportedCodecError,
@@ -127,6 +131,35 @@ def _refusal(address: str, error: BaseException | None) -> Sequence[str]:
             return [f"Kafka: {why}; check CAMPAIGN_STATS_KAFKA_SASL_MECHANISM and KAFKA_SECURITY_PROTOCOL"]
         error = error.__cause__
     return ()
+
+
+def be_impatient(client: Any) -> None:
+    """Give up on a broker that falls silent (no reset, no answer) much sooner than on a rebalance.
+
+    The client has one deadline for everything, and joining needs a long one, because it waits for all members. After
+    a connection went dead it would wait that long for an answer, and again for each new connection in the silence.
+    """
+    patience_s = client._request_timeout_ms / 1000
+    usual_s = min(patience_s, REQUEST_DEADLINE_S)
+    client._request_timeout_ms = int(CONNECT_DEADLINE_S * 1000)
+    get_connection, send = client._get_conn, client.send
+
+    async def connected(node_id: Any, **how: Any) -> Any:
+        connection = await get_connection(node_id, **how)
+        if connection is not None and connection._request_timeout == CONNECT_DEADLINE_S:
+            connection._request_timeout = usual_s
+        return connection
+
+    async def sent(node_id: Any, request: Any, *, group: Any = ConnectionGroup.DEFAULT) -> Any:
+        if isinstance(request, (JoinGroupRequest, SyncGroupRequest)) and await client.ready(node_id, group=group):
+            client._conns[node_id, group]._request_timeout = patience_s
+        try:
+            return await send(node_id, request, group=group)
+        finally:
+            if isinstance(request, (JoinGroupRequest, SyncGroupRequest)) and (node_id, group) in client._conns:
+                client._conns[node_id, group]._request_timeout = usual_s
+
+    client._get_conn, client.send = connected, sent
 
 
 @asynccontextmanager

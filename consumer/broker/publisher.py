@@ -14,7 +14,7 @@ from aiokafka.errors import (
 )
 from aiokafka.partitioner import murmur2
 
-from consumer.broker.link import CALL_DEADLINE_S, Connection, close, refused_is_an_error
+from consumer.broker.link import CALL_DEADLINE_S, Connection, be_impatient, close, refused_is_an_error
 from consumer.errors import Unavailable
 
 SEND_DEADLINE_S: Final = 10.0  # with PRODUCER_DEADLINE_S below idle_in_transaction_session_timeout: the relay sends
@@ -141,6 +141,7 @@ class Publisher:
                 max_request_size=MAX_REQUEST_BYTES,
                 request_timeout_ms=int(SEND_DEADLINE_S * 1000),
             )
+            be_impatient(producer.client)
             requests = _Requests(producer._sender)
             try:
                 async with asyncio.timeout(PRODUCER_DEADLINE_S):

@@ -25,6 +25,7 @@ from consumer.broker.link import (
     START_DEADLINE_S,
     STOP_DEADLINE_S,
     Connection,
+    be_impatient,
     close,
 )
 from consumer.envelope import Record
@@ -84,6 +85,7 @@ class Source:
             max_poll_records=POLL_RECORDS,
             partition_assignment_strategy=[RoundRobinPartitionAssignor],  # exactly one: k assignors send k JoinGroups
         )
+        be_impatient(consumer._client)
         consumer.subscribe(topics=self._topics, listener=_Listener(self, revoked, assigned))
         try:
             async with asyncio.timeout(START_DEADLINE_S):

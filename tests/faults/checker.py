@@ -163,17 +163,20 @@ def _stats(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def _ids_stand_for_one_fact(found: Findings) -> None:
-    """The same id, the same words; the id follows from campaign and version; one id per version of a pause."""
+    """News and pauses: the same id, the same words, and an id that follows from campaign and version.
+
+    An answer's id stands for its request: a request that is worked off twice may be answered with newer numbers.
+    """
     said: dict[tuple[str, str], Told] = {}
     for told in found.told:
-        before = said.setdefault((told.type, told.id), told)
-        found.must(before.data == told.data, f"id {told.id} of {told.type} says two things")
         if told.type == PAUSED:
             due = str(uuid5(UUID(told.subject), f"paused:{told.data['version']}"))
         elif told.type == STATS_UPDATED and told.data["trigger"] != "sync_requested":
             due = str(uuid5(UUID(told.subject), f"stats:{told.data['version']}"))
         else:
             continue
+        before = said.setdefault((told.type, told.id), told)
+        found.must(before.data == told.data, f"id {told.id} of {told.type} says two things")
         found.must(told.id == due, f"id of {told.type} does not follow from its campaign and version")
 
 

@@ -19,6 +19,7 @@ from uuid import uuid4
 import orjson
 
 from consumer import database, health, migrations
+from consumer.broker import publisher as publisher_module
 from consumer.broker import source as source_module
 from consumer.cli import main
 from consumer.database import Database, Transaction
@@ -165,6 +166,20 @@ def _rig_session(session_ms: int) -> None:
     _replace(source_module, "AIOKafkaConsumer", impatient)
 
 
+def _rig_count() -> None:
+    """SIGUSR2: say how many tasks there are."""
+    run = Service.run
+
+    async def counted(self: Service, **how: Any) -> int:
+        def count() -> None:
+            print(orjson.dumps({"event": "tasks", "tasks": len(asyncio.all_tasks())}).decode(), flush=True)
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, count)
+        return await run(self, **how)
+
+    _replace(Service, "run", counted)
+
+
 def offsets_before_the_transaction() -> None:
     """Offsets move first, then the work is done."""
     flush = Pipeline._flush
@@ -308,6 +323,12 @@ def health_says_nothing() -> None:
     _replace(health.Health, "lost", lambda *_: None)
 
 
+def patient_with_brokers() -> None:
+    """A silent broker is given as much time as a rebalance."""
+    _replace(source_module, "be_impatient", lambda client: None)
+    _replace(publisher_module, "be_impatient", lambda client: None)
+
+
 def zombies_keep_their_locks() -> None:
     """A session that stands still in a transaction is never ended by the server."""
     _replace(database, "SESSION", {**database.SESSION, "idle_in_transaction_session_timeout": "0"})
@@ -360,6 +381,7 @@ BREAKAGES: Final[Mapping[str, Callable[[], None]]] = {
         no_deadline_for_an_answer,
         stale_pool,
         health_says_nothing,
+        patient_with_brokers,
         zombies_keep_their_locks,
         revocation_waits_for_nothing,
         whole_generation_on_revocation,
@@ -372,6 +394,7 @@ if __name__ == "__main__":
     if os.environ.get("FAULT_BREAKAGE"):
         BREAKAGES[os.environ["FAULT_BREAKAGE"]]()
     _rig_points()
+    _rig_count()
     if os.environ.get("FAULT_SESSION_MS"):
         _rig_session(int(os.environ["FAULT_SESSION_MS"]))
     main()

@@ -1,6 +1,7 @@
 """One scenario: servers, a database and topics of its own, an upstream, replicas of the service, a checker."""
 
 import os
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ class Stage:
     upstream: Upstream
     environment: dict[str, str]
     replicas: list[RunningService] = field(default_factory=list)
+    quiet_at: float = 0.0  # monotonic seconds when all was found quiet for the first time in a row
 
     @property
     def group(self) -> str:
@@ -112,6 +114,8 @@ class Stage:
             finally:
                 await db.close()
             quiet = quiet + 1 if not left and not waiting else 0
+            if quiet == 1:
+                self.quiet_at = time.monotonic()
             return quiet > 1
 
         await eventually(is_quiet, "all is quiet", timeout_s=timeout_s)

@@ -7,6 +7,7 @@ import asyncpg
 import pytest
 
 from consumer.demo.servers import Postgres
+from tests.conftest import eventually
 from tests.faults.checker import Findings
 from tests.faults.rigged import POINTS
 from tests.faults.stage import Grid, Stage, stage
@@ -48,7 +49,10 @@ async def killed_there(grid: Grid, postgres: Postgres, point: str, *, breakage: 
         interval_s = 0.3 if sweeps else 0
         doomed = await one.replica(point=point, breakage=breakage, ready=not sweeps, sweep_interval_s=interval_s)
         paused = await eventful(one)
-        assert await doomed.wait(60) == -9, f"not killed at `{point}`: {doomed.raw[-5:]}"
+        await eventually(
+            lambda: doomed.process.returncode is not None, f"killed at `{point}`: {doomed.raw[-5:]}", timeout_s=40
+        )
+        assert doomed.process.returncode == -9, (point, doomed.raw[-5:])
         await one.replica(sweep_interval_s=interval_s)
         return await one.settled_and_checked(paused=paused, untold=[] if sweeps else drifted)
 

@@ -4,7 +4,6 @@ import asyncio
 import json
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any, Final
 from uuid import UUID
 
@@ -17,7 +16,13 @@ from tests.world import add_campaign, hint, sync_request
 
 SEND_DEADLINE_S: Final = 10.0
 PAUSE_S: Final = 0.2
-AWAY: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+AWAY: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
 
 
 class Upstream:
@@ -63,7 +68,7 @@ class Upstream:
         for campaign_id in campaigns:
             wanted: list[UUID] | None = None
             while True:
-                with suppress(*AWAY):
+                try:
                     db = await self._session()
                     if wanted is None:  # the same ones again, should the answer to the COMMIT be lost
                         wanted = [
@@ -80,7 +85,9 @@ class Upstream:
                         for prospect in wanted:
                             await db.execute("SELECT update_prospect_with_stat($1, $2)", prospect, to_status)
                     break
-                await asyncio.sleep(PAUSE_S)
+                except AWAY:
+                    self._end_session()
+                    await asyncio.sleep(PAUSE_S)
 
     async def request(self, campaigns: Sequence[UUID], **data: Any) -> None:
         """Ask for a recount of each."""
@@ -120,8 +127,12 @@ class Upstream:
     async def close(self) -> None:
         """End the session and the producer."""
         await self._forget_producer()
+        self._end_session()
+
+    def _end_session(self) -> None:
         if self._db is not None:
             self._db.terminate()
+            self._db = None
 
     async def _session(self) -> asyncpg.Connection:
         if self._db is None or self._db.is_closed():
