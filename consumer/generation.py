@@ -57,7 +57,7 @@ class Generation:
     """Filled by the fetch loop, then handed over whole to the flush owner, which alone reads it from then on.
 
     `offsets` are the next offsets to read; they may be committed once everything else in here is done. `held_bytes`:
-    what the dead letters hold in memory.
+    what dead letters and the ids of requests hold in memory.
     """
 
     hints: dict[UUID, Cause | None] = field(default_factory=dict)
@@ -75,6 +75,7 @@ class Generation:
     def add_request(self, request: SyncRequest) -> None:
         """A sync request; the same event twice is one request."""
         self.requests.setdefault(request.campaign_id, {})[request.source, request.cause.id] = request
+        self.held_bytes += len(request.source) + len(request.cause.id)  # usually short, but without a limit
 
     def add_dead_letter(self, record: Record, letter: DeadLetter) -> None:
         """A record that can never be read."""

@@ -25,7 +25,7 @@ from consumer.recount import Rules, recount_campaigns, tally
 
 COLLECT_AT_MOST: Final = 200_000  # records; about 100 MB when every campaign is another one
 BURY_AT_MOST: Final = 5_000  # dead letters: offsets move on within seconds, also where each is refused
-HOLD_AT_MOST: Final = 64 * 1024 * 1024  # bytes of dead letters, which are held whole until they are written
+HOLD_AT_MOST: Final = 64 * 1024 * 1024  # bytes of dead letters, held whole until they are written, and of requests' ids
 
 log = structlog.get_logger(__name__)
 

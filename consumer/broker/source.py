@@ -1,4 +1,4 @@
-"""Our membership in the consumer group: poll, pause, commit, and step past bytes that nobody can hand out."""
+"""Our membership in the consumer group: poll, pause, commit, and pass over bytes that nobody can hand out."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -10,14 +10,13 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import (
     CommitFailedError,
-    CorruptRecordException,
     IllegalStateError,
     KafkaError,
     RebalanceInProgressError,
-    RecordTooLargeError,
-    UnsupportedCodecError,
 )
 
+from consumer.broker.fetched import POLL_BYTES, Fetched
+from consumer.broker.inflate import bound
 from consumer.broker.link import (
     CALL_DEADLINE_S,
     POLL_MS,
@@ -33,7 +32,7 @@ from consumer.errors import OwnershipLost, Unavailable
 from consumer.generation import Partition, Passed
 
 LOOK_UP_DEADLINE_S: Final = 3.0  # of gauges: how soon a silent broker is noticed
-STEP_MS: Final = 100  # one fetch behind broken bytes
+POSITION_DEADLINE_S: Final = 0.1  # known at once, unless a broker is asked where the partition begins
 
 log = structlog.get_logger(__name__)
 
@@ -60,17 +59,16 @@ class Source:
         self._fetch_max_wait_ms = fetch_max_wait_ms
         self._consumer: Any = None
         self._next: dict[Any, int] = {}  # per partition: one after the last offset handed out
-        self._batches: list[Batch] = []  # read, but not handed out yet: kept when a later call of the same poll fails
-        self._passed: list[Passed] = []
-        self._must_isolate = False
+        self._batches: list[Batch] = []  # read, but not handed out yet
+        self._fetched: Any = None  # what the client has fetched: consumer.broker.fetched
         self._epoch = 0  # rises whenever partitions are taken or given
-        self._broken: dict[Any, tuple[int, int, str]] = {}  # per partition: first offset, offset to try, error
 
     async def start(self, revoked: Revoked, assigned: Assigned) -> None:
         """Join the group. Raises Unavailable when the brokers cannot be reached in time; may then be called again.
 
         `revoked` is awaited before partitions are taken (always all of them); `assigned` is called with the new ones.
         """
+        bound()
         consumer = AIOKafkaConsumer(
             **self._connection.arguments(),
             group_id=self._group_id,
@@ -96,6 +94,7 @@ class Source:
         except asyncio.CancelledError:
             await close(consumer, STOP_DEADLINE_S)
             raise
+        self._fetched = Fetched(consumer._fetcher)
         self._consumer = consumer
 
     async def poll(self) -> tuple[list[Batch], list[Passed]]:
@@ -103,34 +102,27 @@ class Source:
 
         Raises Unavailable. Awaited without a time limit: cancelling it would switch off the client's own checks.
         """
-        if self._must_isolate:
-            await self._isolate()
-        for partition in list(self._broken):
-            await self._step_past(partition)
-        readable = [partition for partition in self._consumer.assignment() if partition not in self._broken]
-        if readable or not self._broken:
-            try:
-                found = await self._getmany(readable if self._broken else (), POLL_MS)
-            except _BytesError as error:
-                log.warning("unreadable bytes in a fetch", error=str(error))
-                self._must_isolate = True
-            else:
-                for partition, records in found.items():
-                    self._hand_out(partition, records, records[-1].offset + 1)
-                if not found:
-                    await self._notice_moves(readable)
+        found = await self._getmany()
+        for partition, records in found.items():
+            self._hand_out(partition, records, records[-1].offset + 1)
+        for stub in self._fetched.passed:
+            log.warning("unreadable bytes passed", first=stub.first, last=stub.last, error=stub.error)
+            partition = TopicPartition(*stub.partition)
+            if stub.last >= self._next.get(partition, 0):  # else records behind it came in the same poll
+                self._hand_out(partition, (), stub.last + 1)
+        passed, self._fetched.passed = self._fetched.passed, []
+        if not found:
+            await self._notice_moves()
         batches, self._batches = self._batches, []
-        passed, self._passed = self._passed, []
         return batches, passed
 
     def forget(self) -> None:
         """Partitions are being taken away: nothing of them may survive into the next assignment."""
         self._epoch += 1
         self._next.clear()
-        self._broken.clear()
         self._batches.clear()
-        self._passed.clear()
-        self._must_isolate = False
+        if self._fetched is not None:
+            self._fetched.passed.clear()
 
     def pause(self) -> None:
         """Fetch nothing more from the partitions assigned now."""
@@ -193,31 +185,24 @@ class Source:
             raise Unavailable("kafka", f"{type(error).__name__} while reading offsets") from error
         return {(partition.topic, partition.partition): offset for partition, offset in found.items()}
 
-    async def _getmany(
-        self, partitions: Sequence[Any], timeout_ms: int, *, records: int = POLL_RECORDS
-    ) -> dict[Any, list[Any]]:
+    async def _getmany(self) -> dict[Any, list[Any]]:
+        self._fetched.bytes_left = POLL_BYTES
         try:
-            found: dict[Any, list[Any]] = await self._consumer.getmany(
-                *partitions, timeout_ms=timeout_ms, max_records=records
-            )
-        except (CorruptRecordException, RecordTooLargeError, UnsupportedCodecError) as error:
-            raise _BytesError(type(error).__name__) from error
+            found: dict[Any, list[Any]] = await self._consumer.getmany(timeout_ms=POLL_MS, max_records=POLL_RECORDS)
         except KafkaError as error:
             raise Unavailable("kafka", f"{type(error).__name__} while reading") from error
-        except (ValueError, IndexError, TypeError, AssertionError, OverflowError, MemoryError) as error:
-            raise _BytesError(type(error).__name__) from error  # header key not UTF-8, broken compression, ...
         return found
 
     def _hand_out(self, partition: Any, records: Sequence[Any], next_offset: int) -> None:
         self._next[partition] = next_offset
         self._batches.append(Batch((partition.topic, partition.partition), records, next_offset))
 
-    async def _notice_moves(self, partitions: Sequence[Any]) -> None:
+    async def _notice_moves(self) -> None:
         """Positions also move without records: past transaction markers, or to the start of what retention left."""
         epoch = self._epoch
-        for partition in partitions:
+        for partition in list(self._consumer.assignment()):
             try:
-                async with asyncio.timeout(STEP_MS / 1000):
+                async with asyncio.timeout(POSITION_DEADLINE_S):
                     position = await self._consumer.position(partition)
             except (KafkaError, TimeoutError):
                 continue
@@ -226,79 +211,6 @@ class Source:
             if partition in self._next and position <= self._next[partition]:
                 continue
             self._hand_out(partition, (), position)
-
-    async def _position(self, partition: Any) -> int:
-        try:
-            async with asyncio.timeout(STEP_MS / 1000):
-                position: int = await self._consumer.position(partition)
-        except (KafkaError, TimeoutError):
-            return 0
-        return position
-
-    async def _isolate(self) -> None:
-        """One partition's bytes broke the whole poll: begin again where we were, and ask each partition alone.
-
-        The client has forgotten records that it read before the broken ones, so every partition goes back to the last
-        offset it handed out. The next polls walk on in each of them, one record at a time, to where good ones go on.
-        """
-        epoch, assigned = self._epoch, sorted(self._consumer.assignment())
-        names = [(partition.topic, partition.partition) for partition in assigned if partition not in self._next]
-        known = {**await self.starts(names), **await self.committed(names)}
-        if epoch != self._epoch:
-            return  # taken away meanwhile
-        for partition in assigned:
-            begin = self._next.get(partition, known.get((partition.topic, partition.partition), 0))
-            self._next[partition] = begin
-            self._consumer.seek(partition, begin)
-            self._broken[partition] = (begin, begin, "")
-        self._must_isolate = False
-
-    async def _step_past(self, partition: Any) -> None:
-        """Go on record by record: hand out what can be, and count as passed what cannot, until a fetch succeeds again.
-
-        The client reads lazily, so records of the same batch before the broken ones come out; those after them cannot.
-        """
-        name, epoch = (partition.topic, partition.partition), self._epoch
-        for _ in range(POLL_RECORDS):
-            if partition not in self._broken:
-                return  # taken away while another one was asked
-            first, at, why = self._broken[partition]
-            try:
-                found = await self._getmany([partition], STEP_MS, records=1)
-            except _BytesError as error:
-                if epoch != self._epoch:
-                    return
-                self._broken[partition] = (first, at + 1, str(error))
-                self._consumer.seek(partition, at + 1)
-                return
-            records = found.get(partition, [])
-            if epoch != self._epoch:
-                if records:  # the client waited for the new assignment and read on there
-                    self._hand_out(partition, records, records[-1].offset + 1)
-                return
-            if records:
-                next_offset = records[-1].offset + 1
-                self._broken[partition] = (next_offset, next_offset, "")
-                self._hand_out(partition, records, next_offset)
-            else:
-                end = (await self.ends([name]))[name]
-                if epoch != self._epoch:
-                    return
-                at = max(at, await self._position(partition))  # transaction markers and retention move it too
-                if epoch != self._epoch or at < end:
-                    return  # not fetched yet
-            if why:
-                last = (records[0].offset if records else at) - 1
-                self._passed.append(Passed(name, first, last, why, too_large=why == RecordTooLargeError.__name__))
-            if why or not records:
-                self._broken.pop(partition, None)  # past it; the next poll reads on as usual
-                if not records:
-                    self._hand_out(partition, (), at)
-                return
-
-
-class _BytesError(Exception):
-    """The client cannot hand out some record of this fetch; the message is the class of its error."""
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has no types

@@ -1,4 +1,4 @@
-"""The Kafka source on a real broker: broken bytes, and a second member that joins while they are stepped past."""
+"""The Kafka source on a real broker: broken bytes, and a second member that joins while they are passed over."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -108,8 +108,8 @@ class Member:
 
 
 class Held:
-    """The client of a member; from its `at`-th call on, while it is stepping, a call takes until a rebalance has begun
-    (`revoked`) or ended (`assigned`): the moment that is hard to hit."""
+    """The client of a member; from its `at`-th call on a call takes until a rebalance has begun (`revoked`) or ended
+    (`assigned`): the moment that is hard to hit."""
 
     def __init__(self, member: Member, at: int, until: str, join: Callable[[], None]) -> None:
         self._member = member
@@ -134,9 +134,6 @@ class Held:
         return held
 
     async def _hold(self) -> None:
-        source = self._member.source
-        if not (source._broken or source._must_isolate):
-            return
         self._left -= 1
         if self._left == -1:
             self._join()
@@ -150,7 +147,7 @@ class Held:
 
 @pytest.mark.parametrize("until", ["revoked", "assigned"])
 @pytest.mark.parametrize("at", [0, 1, 4, 7, 8, 12, 17, 25])
-async def test_a_rebalance_while_broken_bytes_are_stepped_past_loses_and_repeats_nothing(
+async def test_a_rebalance_while_broken_bytes_are_passed_over_loses_and_repeats_nothing(
     bus: Bus, at: int, until: str
 ) -> None:
     topic, group, truth = bus.topics.prefix + "prospect.status-changed", f"g{uuid4().hex[:8]}", Truth()
