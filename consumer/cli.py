@@ -220,7 +220,7 @@ def sync(
             if await publisher.check([names.of(events.SYNC_REQUESTED)]):
                 raise ConfigError([f"topic {names.of(events.SYNC_REQUESTED)} is missing: {broker.CREATE_TOPICS}"])
             row = Outgoing(names.of(events.SYNC_REQUESTED), str(campaign_id).encode(), event, CONTENT_TYPE)
-            [sent] = await publisher.publish([row], alone=True)
+            [sent] = await publisher.publish([row])
         finally:
             await publisher.close(5.0)
         if sent.error is not None:

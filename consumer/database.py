@@ -421,9 +421,17 @@ class Transaction:
         """Shards with something to publish that no other relay holds; locked until the transaction ends."""
         return [row["shard"] for row in await self._connection.fetch(statement("relay_lock"))]
 
-    async def read_outbox(self, shards: Sequence[int], rows: int, size: int) -> list[Pending]:
-        """What is to be published of locked shards in id order, about `rows` rows and `size` bytes at most."""
-        found = await self._connection.fetch(statement("relay_read"), shards, rows, size)
+    async def read_outbox(
+        self, shards: Sequence[int], rows: int, size: int, types: Sequence[str] | None = None
+    ) -> list[Pending]:
+        """What is to be published of locked shards in id order, about `rows` rows and `size` bytes at most.
+
+        Only of these `types`, if any are given: then those of other types cost nothing, however many stand in front.
+        """
+        if types is None:
+            found = await self._connection.fetch(statement("relay_read"), shards, rows, size)
+        else:
+            found = await self._connection.fetch(statement("relay_read_types"), shards, rows, size, types)
         return [Pending(row["id"], row["campaign_id"], row["type"], row["event"]) for row in found]
 
     async def finish_outbox(self, published: Sequence[int], refused: Mapping[int, str]) -> None:

@@ -17,18 +17,18 @@ Row = tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]
 
 
 class Sent(Protocol):
-    """What became of a record: `error` None means acknowledged."""
+    """What became of a record: `error` None means acknowledged, `refused` that it is larger than the topic takes."""
 
     @property
     def error(self) -> str | None: ...
     @property
-    def too_large(self) -> bool: ...
+    def refused(self) -> bool: ...
 
 
 class Publish(Protocol):
     """Publishes (key, value, headers) to the dead-letter topic; what became of each, in order."""
 
-    async def __call__(self, rows: Sequence[Row], *, alone: bool) -> Sequence[Sent]: ...
+    async def __call__(self, rows: Sequence[Row]) -> Sequence[Sent]: ...
 
 
 class DeadLetters:
@@ -44,21 +44,19 @@ class DeadLetters:
         it goes on with those that are left.
         """
         too_large = sys.maxsize  # bytes; what is at least as large as a refused row need not be tried
-        at_once = AT_ONCE
         while letters:
             now = datetime.now(UTC)
-            rows = [_row(record, letter, now, too_large) for record, letter in letters[:at_once]]
-            results = await self._publish(rows, alone=len(rows) == 1)
+            rows = [_row(record, letter, now, too_large) for record, letter in letters[:AT_ONCE]]
+            results = await self._publish(rows)
             left = [place for place, sent in enumerate(results) if sent.error is not None]
             letters[: len(rows)] = [letters[place] for place in left]
-            failed = next((results[place].error for place in left if not results[place].too_large), None)
-            if failed is None and len(rows) == 1 and left:
-                failed = None if _size(rows[0]) < too_large else results[0].error  # not even its stub is taken
-                too_large = _size(rows[0])
+            failed = next((results[place].error for place in left if not results[place].refused), None)
+            if failed is None and left:
+                smallest = min(left, key=lambda place: _size(rows[place]))
+                failed = None if _size(rows[smallest]) < too_large else results[smallest].error  # not even a stub is
+                too_large = _size(rows[smallest])
             if failed is not None:
                 raise Unavailable("kafka", f"{failed} while writing dead letters")
-            # A batch is refused for its size although each of its rows may fit: in halves, down to the row at fault.
-            at_once = max(1, len(left) // 2) if left else min(AT_ONCE, at_once * 2)
 
     async def stubs(self, passed: list[Passed]) -> None:
         """Keep the coordinates of records nobody can hand out; takes each off the list. Raises Unavailable."""
@@ -71,7 +69,7 @@ class DeadLetters:
             del passed[0]
 
     async def _keep(self, key: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> None:
-        [sent] = await self._publish([(key, b"", headers)], alone=True)
+        [sent] = await self._publish([(key, b"", headers)])
         if sent.error is not None:
             raise Unavailable("kafka", f"{sent.error} while writing dead letters")
 

@@ -151,7 +151,7 @@ async def redriven(connection: Connection, letters: Sequence[Letter]) -> dict[Or
 class Publish(Protocol):
     """The publisher, as far as it is needed here."""
 
-    async def publish(self, rows: Sequence[Outgoing], *, alone: bool = False) -> list[Sent]: ...
+    async def publish(self, rows: Sequence[Outgoing]) -> list[Sent]: ...
     async def check(self, topics: Sequence[str]) -> list[str]: ...
 
 
@@ -225,8 +225,8 @@ class Redrive:
             self._topics.update({topic: topic not in missing for topic in topics})
 
     async def _send(self, batch: Sequence[tuple[Origin, Letter]]) -> None:
-        """Send a batch; those that failed in it once more, one by one, so that the one at fault shows itself."""
-        pending, alone = list(batch), False
+        """Send a batch; those that failed in it again, as long as some get through."""
+        pending, is_second = list(batch), False
         while pending:
             async with self._turn():
                 pending = await self._not_yet_sent(pending)
@@ -240,7 +240,7 @@ class Redrive:
                         Outgoing(origin.topic, letter.key, letter.value, [*letter.headers, mark])
                         for origin, letter in pending
                     ]
-                    results = await self._publisher.publish(rows, alone=alone) if rows else []
+                    results = await self._publisher.publish(rows) if rows else []
                     acked = [origin for (origin, _), sent in zip(pending, results, strict=True) if sent.error is None]
                     await self._connection.execute(statement("mark_redriven"), *_columns(acked))
             left = []
@@ -251,11 +251,11 @@ class Redrive:
                     self.failures[result.error] += 1
                 else:
                     left.append((row, result.error))
-            if alone and len(left) == len(pending):  # not one got through: an outage, or a right that is missing
+            if is_second and len(left) == len(pending):  # not one got through: an outage, or a right that is missing
                 self.failures.update(f"{error}; stopped here: run it again when that is put right" for _, error in left)
                 self.is_stopped = True
                 return
-            pending, alone = [row for row, _ in left], True
+            pending, is_second = [row for row, _ in left], True
         self.is_stopped = self._limit is not None and self.sent >= self._limit
 
     @asynccontextmanager

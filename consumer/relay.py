@@ -4,18 +4,20 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass
 from typing import Final, Protocol
 from uuid import UUID
 
 import structlog
 
 from consumer.errors import Unavailable
-from consumer.health import Health
+from consumer.health import Health, backoff_s
 from consumer.metrics import Metrics
+from schemas.topics import WRITTEN
 
 TURN_ROWS: Final = 2_000  # 1.2x the rate of 500 (measured); a turn holds its shards for as long as it sends
 TURN_BYTES: Final = 4 * 1024 * 1024
-ALONE_ROWS: Final = 100  # after a failed send the next rows go one by one, to find the one at fault
+PROBE_ROWS: Final = 1  # of a type that is held back, to see whether its topic takes it again
 POLL_S: Final = 0.5  # the guarantee; a wake after a commit is the usual way
 
 log = structlog.get_logger(__name__)
@@ -35,19 +37,26 @@ class Row(Protocol):
 
 
 class Sent(Protocol):
-    """What became of a row: `error` None means acknowledged."""
+    """What became of a row: `error` None means acknowledged, `refused` that it never can be.
+
+    `closed`: its topic is missing or we may not write to it, which concerns this topic alone.
+    """
 
     @property
     def error(self) -> str | None: ...
     @property
     def refused(self) -> bool: ...
+    @property
+    def closed(self) -> bool: ...
 
 
 class Transaction(Protocol):
     """What the relay does inside one transaction."""
 
     async def lock_shards(self) -> list[int]: ...
-    async def read_outbox(self, shards: Sequence[int], rows: int, size: int) -> Sequence[Row]: ...
+    async def read_outbox(
+        self, shards: Sequence[int], rows: int, size: int, types: Sequence[str] | None
+    ) -> Sequence[Row]: ...
     async def finish_outbox(self, published: Sequence[int], refused: Mapping[int, str]) -> None: ...
 
 
@@ -60,11 +69,22 @@ class Store(Protocol):
 class Publish(Protocol):
     """Publishes events; what became of each, in order. Raises Unavailable when Kafka cannot be reached at all."""
 
-    async def __call__(self, rows: Sequence[tuple[str, UUID, bytes]], *, alone: bool) -> Sequence[Sent]: ...
+    async def __call__(self, rows: Sequence[tuple[str, UUID, bytes]]) -> Sequence[Sent]: ...
+
+
+@dataclass(slots=True)
+class Hold:
+    """A type whose topic is closed to us: when a row of it is tried again (monotonic), and how often that failed."""
+
+    due: float
+    tries: int = 0
 
 
 class Relay:
-    """Publishes what stands in the outbox, oldest first within each campaign, until it was acknowledged.
+    """Publishes what stands in the outbox, oldest first within each campaign and topic, until it was acknowledged.
+
+    A type whose topic is missing or closed to us is held back, so that the others pass, and tried again by a single
+    row with backoff; as long as one is held the relay is degraded.
 
     Presence in the table is the only thing that counts: nothing is handed over in memory, so a crash loses nothing.
     """
@@ -75,7 +95,7 @@ class Relay:
         self._metrics = metrics
         self._health = health
         self._awake = asyncio.Event()
-        self._alone = False
+        self._held: dict[str, Hold] = {}
 
     def wake(self) -> None:
         """Something was committed to the outbox."""
@@ -91,45 +111,72 @@ class Relay:
                         await self._awake.wait()
 
     async def turn(self) -> int:
-        """Publish one turn's rows; how many were finished. Raises Unavailable when some were not acknowledged."""
+        """Publish one turn's rows; how many were finished, and types that are held back from now on. Raises Unavailable
+        when others were not acknowledged.
+        """
+        done = 0
+        for event_type in [event_type for event_type, hold in self._held.items() if hold.due <= time.monotonic()]:
+            done += await self._pass([event_type], PROBE_ROWS, probe=event_type)
+        types = [event_type for event_type in WRITTEN if event_type not in self._held] if self._held else None
+        return done + await self._pass(types, TURN_ROWS)
+
+    async def _pass(self, types: Sequence[str] | None, limit: int, probe: str | None = None) -> int:
         begun = time.monotonic()
         failure: str | None = None
         rows: Sequence[Row] = ()
         published: list[int] = []
         refused: dict[int, str] = {}
-        alone, self._alone = self._alone, False  # batches again next time: one bad topic must not slow the others
+        closed: dict[str, str] = {}
         async with self._store.transaction() as db:
             shards = await db.lock_shards()
             if shards:
-                rows = await db.read_outbox(shards, ALONE_ROWS if alone else TURN_ROWS, TURN_BYTES)
+                rows = await db.read_outbox(shards, limit, TURN_BYTES, types)
             if rows:
-                results = await self._send(rows, alone=alone)
-                stuck: set[UUID] = set()
+                results = await self._send(rows)
+                stuck: set[tuple[UUID, str]] = set()
                 for row, sent in zip(rows, results, strict=True):
-                    if row.campaign_id in stuck:
-                        continue  # an elder of its campaign is not out yet: leave it, it is repeated in order
+                    if (row.campaign_id, row.type) in stuck:
+                        continue  # an elder of its campaign and topic is not out yet: it is repeated, in order
                     if sent.error is None:
                         published.append(row.id)
-                    elif sent.refused and alone:
+                    elif sent.refused:
                         refused[row.id] = sent.error
                     else:
-                        stuck.add(row.campaign_id)
-                        failure = failure or sent.error
+                        stuck.add((row.campaign_id, row.type))
+                        if sent.closed or row.type == probe:
+                            closed.setdefault(row.type, sent.error)
+                        else:
+                            failure = failure or sent.error
                 if published or refused:
                     await db.finish_outbox(published, refused)
+        if probe is not None and shards and probe not in closed:  # no shard: another relay is at work, nothing is known
+            del self._held[probe]
+            self._health.recovered(_holding(probe))
+        newly_held = self._hold(closed)
         if not rows:
             return 0
         self._count(rows, set(published), refused)
         self._metrics.relay_seconds.observe(time.monotonic() - begun)
-        if failure is not None:
-            self._alone = not alone
+        if failure is not None or closed:
             self._metrics.publish_failures.inc()
+        if failure is not None:
             raise Unavailable("relay", failure)
-        return len(published) + len(refused)
+        return len(published) + len(refused) + newly_held
 
-    async def _send(self, rows: Sequence[Row], *, alone: bool) -> Sequence[Sent]:
+    def _hold(self, closed: Mapping[str, str]) -> int:
+        """Hold these types back for a while, for the reasons given; how many were not held before."""
+        newly = 0
+        for event_type, why in closed.items():
+            hold = self._held.get(event_type)
+            newly += hold is None
+            tries = 0 if hold is None else hold.tries + 1
+            self._held[event_type] = Hold(time.monotonic() + backoff_s(tries), tries)
+            self._health.lost("relay", _holding(event_type), why)
+        return newly
+
+    async def _send(self, rows: Sequence[Row]) -> Sequence[Sent]:
         try:
-            return await self._publish([(row.type, row.campaign_id, row.event) for row in rows], alone=alone)
+            return await self._publish([(row.type, row.campaign_id, row.event) for row in rows])
         except Unavailable as error:
             raise Unavailable("relay", error.detail) from error
 
@@ -140,3 +187,8 @@ class Relay:
         for row_id, why in refused.items():
             self._metrics.set_aside.inc()
             log.error("event set aside", outbox_id=row_id, why=why)
+
+
+def _holding(event_type: str) -> str:
+    """Who is waiting, for Health."""
+    return f"relay of {event_type}"

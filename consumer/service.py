@@ -300,20 +300,19 @@ class Service:
         except TimeoutError:
             log.warning("partitions given up before their chunk was finished; their new owner repeats it")
 
-    async def _publish(self, rows: Sequence[tuple[str, UUID, bytes]], *, alone: bool) -> Sequence[broker.Sent]:
+    async def _publish(self, rows: Sequence[tuple[str, UUID, bytes]]) -> Sequence[broker.Sent]:
         return await self._events.publish(
             [
                 Outgoing(self._topics.of(type_), str(campaign_id).encode(), event, CONTENT_TYPE)
                 for type_, campaign_id, event in rows
-            ],
-            alone=alone,
+            ]
         )
 
     async def _bury(
-        self, rows: Sequence[tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]], *, alone: bool
+        self, rows: Sequence[tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]]
     ) -> Sequence[broker.Sent]:
         results = await self._letters.publish(
-            [Outgoing(self._topics.dead_letters, key, value, headers) for key, value, headers in rows], alone=alone
+            [Outgoing(self._topics.dead_letters, key, value, headers) for key, value, headers in rows]
         )
         if any(sent.error is None or sent.refused for sent in results):
             self._health.progressed()  # many that the topic refuses take long, but are no standstill

@@ -1,8 +1,11 @@
 """Writes records in batches and says of each what became of it."""
 
 import asyncio
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Final
 
 import structlog
@@ -11,21 +14,26 @@ from aiokafka.errors import (
     KafkaError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
+    TopicAuthorizationFailedError,
 )
 from aiokafka.partitioner import murmur2
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from consumer.broker.link import CALL_DEADLINE_S, Connection, be_impatient, close, refused_is_an_error
 from consumer.errors import Unavailable
 
 SEND_DEADLINE_S: Final = 10.0  # with PRODUCER_DEADLINE_S below idle_in_transaction_session_timeout: the relay sends
 PRODUCER_DEADLINE_S: Final = 8.0  # inside a transaction
-TOPIC_DEADLINE_S: Final = 1.0  # a missing topic must not hold up the others
+TOPIC_DEADLINE_S: Final = 1.0  # for brokers to say whether a topic is there; a missing one must not hold up the others
+TOPIC_PAUSE_S: Final = 0.05
 ABANDON_DEADLINE_S: Final = 0.5
 MAX_BATCH_BYTES: Final = 256 * 1024
 MAX_REQUEST_BYTES: Final = 16 * 1024 * 1024  # above any broker's usual limit: the broker decides what is too large
 BIG_ROW_BYTES: Final = 128 * 1024  # larger rows get a batch of their own, so that one of them cannot spoil many
-REFUSED_FOR_EVER: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
-ELDER_FIRST: Final = "an elder of its key is not out yet"
+TOO_LARGE_ERRORS: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
+
+Partition = tuple[str, int]
+"""Topic and number."""
 
 log = structlog.get_logger(__name__)
 
@@ -44,16 +52,32 @@ class Outgoing:
 class Sent:
     """What became of a row: acknowledged (`error` None), refused for ever, or failed for now.
 
-    `too_large`: it, or the batch it was in, is larger than the topic takes.
+    `refused`: it is larger than its topic takes. `closed`: its topic is missing or we may not write to it, which says
+    nothing of other topics.
     """
 
     error: str | None = None
     refused: bool = False
-    too_large: bool = False
+    closed: bool = False
 
 
 ACKNOWLEDGED: Final = Sent()
-TOO_LARGE: Final = Sent("larger than the topic takes (max.message.bytes)", refused=True, too_large=True)
+TOO_LARGE: Final = Sent("larger than the topic takes (max.message.bytes)", refused=True)
+LATE: Final = Sent("not acknowledged in time")
+
+
+class ElderFirst(KafkaError):  # type: ignore[misc]  # aiokafka has no types
+    """Of a batch that was not sent, because one before it in its partition failed."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """On its way: the rows it stands for, by place, and the future that says what became of all of them."""
+
+    partition: Partition
+    places: list[int]
+    size: int
+    future: Any
 
 
 class Publisher:
@@ -64,47 +88,95 @@ class Publisher:
         self._idempotence = idempotence
         self._producer: Any = None
         self._requests: Any = None
+        self._batch_bytes: dict[str, int] = {}  # of each topic that refused a batch: what it may take
+        self._missing: set[str] = set()
 
-    async def publish(self, rows: Sequence[Outgoing], *, alone: bool = False) -> list[Sent]:
-        """Send all and wait; what became of each row, in order. Rows of one key arrive in the order given.
+    async def publish(self, rows: Sequence[Outgoing]) -> list[Sent]:
+        """Send all and wait; what became of each row, in order. Rows of one topic and key arrive in the order given.
 
-        `alone` sends one after the other, so that the row at fault shows itself; it stops at the first that failed.
-        Only a row sent alone can come back as refused. Raises Unavailable when no producer can be had.
+        A batch refused for its size goes again in halves, in the same call as far as there is time: only a row that is
+        too large by itself comes back as refused. Raises Unavailable when no producer can be had.
         """
-        if alone:
-            return await self._one_by_one(rows)
         deadline = asyncio.get_running_loop().time() + SEND_DEADLINE_S  # making a producer counts too
-        producer = await self._ready()
-        results: list[Sent] = [Sent(error="not acknowledged in time")] * len(rows)
-        partitions = await self._partitions(producer, {row.topic for row in rows})
-        known, stuck = [], set[bytes | None]()
-        for place, row in enumerate(rows):
-            if row.key in stuck:
-                results[place] = Sent(error=ELDER_FIRST)
-            elif partitions[row.topic]:
-                known.append(place)
-            else:
-                stuck.add(row.key)
-                results[place] = Sent(error=f"topic {row.topic} is not to be had")
+        results = [LATE] * len(rows)
+        queues = await self._queues(await self._ready(), rows, results)
+        too_large: dict[str, int] = {}  # of each topic: the smallest row refused, in bytes
+        while queues:
+            queues = await self._attempt(rows, queues, results, too_large, deadline)
+        return results
+
+    async def _attempt(
+        self,
+        rows: Sequence[Outgoing],
+        queues: Mapping[Partition, Sequence[int]],
+        results: list[Sent],
+        too_large: dict[str, int],
+        deadline: float,
+    ) -> dict[Partition, list[int]]:
+        """Send the places of each partition and note what became of them; those that are worth another attempt."""
+        batches: list[_Batch] = []
+        is_over = False
         try:
             async with asyncio.timeout_at(deadline):
-                futures = await self._send_batches(producer, rows, known, partitions)
-            left_s = max(0.0, deadline - asyncio.get_running_loop().time())
-            done: set[Any] = set()
-            if futures:
-                done, _ = await asyncio.wait([future for future, _ in futures], timeout=left_s)
-            for future, places in futures:
-                if future in done:
-                    error = future.exception()
-                    for place in places:
-                        results[place] = ACKNOWLEDGED if error is None else _failed(error)
-        except (KafkaError, OSError, TimeoutError) as error:
-            for place in known:
-                if results[place] is not ACKNOWLEDGED:
-                    results[place] = Sent(error=type(error).__name__)
-        if any(results[place] is not ACKNOWLEDGED for place in known):
+                producer = await self._ready()
+                await self._send_batches(producer, rows, queues, batches)
+                await self._answered(producer, batches)
+        except (KafkaError, OSError, TimeoutError, Unavailable) as error:
+            log.debug("sending ended early", error=type(error).__name__)
+            is_over = True
+        again: dict[Partition, list[int]] = {}
+        failed: dict[Partition, Sent] = {}
+        for batch in batches:  # those of a partition in the order they were sent
+            topic = batch.partition[0]
+            cause = batch.future.exception() if batch.future.done() else TimeoutError()
+            if cause is None:
+                became = ACKNOWLEDGED
+            elif isinstance(cause, TOO_LARGE_ERRORS):
+                again.setdefault(batch.partition, [])
+                if len(batch.places) > 1:
+                    # Never raised again: batches smaller than they might be cost little, a refused one a producer.
+                    self._batch_bytes[topic] = min(batch.size // 2, self._batch_bytes.get(topic, batch.size))
+                    again[batch.partition] += batch.places
+                    continue
+                became = TOO_LARGE
+                size = _size(rows[batch.places[0]])
+                too_large[topic] = min(size, too_large.get(topic, size))
+            elif isinstance(cause, ElderFirst) and batch.partition in again:
+                again[batch.partition] += batch.places
+                continue
+            else:
+                became = failed.setdefault(batch.partition, self._failed(cause, topic))
+            for place in batch.places:
+                results[place] = became
+        if is_over or again or failed:
             await self._drop()  # a sequence gap stays for ever in an idempotent producer
-        return results
+        left: dict[Partition, list[int]] = {}
+        for partition, places in again.items():
+            for place in places:
+                if _size(rows[place]) >= too_large.get(partition[0], sys.maxsize):
+                    results[place] = TOO_LARGE  # what is at least as large as a refused row need not be tried
+                else:
+                    left.setdefault(partition, []).append(place)
+        return {} if is_over else left
+
+    @staticmethod
+    async def _answered(producer: Any, batches: Sequence[_Batch]) -> None:
+        """Wait until it is known what became of each, or nothing is awaited but topics that have gone."""
+        waiting = {batch.future: batch.partition[0] for batch in batches}
+        while waiting:
+            done, _ = await asyncio.wait(waiting, timeout=TOPIC_DEADLINE_S)
+            for future in done:
+                del waiting[future]
+            if not any(producer.client.cluster.partitions_for_topic(topic) for topic in waiting.values()):
+                return
+
+    def _failed(self, error: BaseException, topic: str) -> Sent:
+        if isinstance(error, TopicAuthorizationFailedError):
+            return Sent(f"topic {topic} may not be written to", closed=True)
+        producer = self._producer
+        if producer is not None and not producer.client.cluster.partitions_for_topic(topic):
+            return _missing(topic)  # gone while we were sending
+        return LATE if isinstance(error, TimeoutError) else Sent(type(error).__name__)
 
     async def check(self, topics: Sequence[str]) -> list[str]:
         """Those of `topics` that do not exist. Only at start: raises ConfigError when the brokers refuse us,
@@ -155,88 +227,95 @@ class Publisher:
             self._producer, self._requests = producer, requests
         return self._producer
 
-    async def _send_batches(
-        self, producer: Any, rows: Sequence[Outgoing], wanted: Sequence[int], partitions: Mapping[str, list[int]]
-    ) -> list[tuple[Any, list[int]]]:
-        """Futures, each with the places of the rows it stands for; only the places `wanted` are sent."""
-        places_of: dict[tuple[str, int], list[int]] = {}
-        for place in wanted:
-            row = rows[place]
-            among = partitions[row.topic]
-            # As every Kafka client does by default, so that neighbours find a key where they expect it.
-            partition = among[(murmur2(row.key or b"") & 0x7FFFFFFF) % len(among)]
-            places_of.setdefault((row.topic, partition), []).append(place)
-        futures: list[tuple[Any, list[int]]] = []
-        for (topic, partition), places in places_of.items():
-            batch, inside = producer.create_batch(), list[int]()
-            for place in places:
-                row = rows[place]
-                if inside and (len(row.value or b"") > BIG_ROW_BYTES or not self._append(batch, row)):
-                    futures.append((await self._send_batch(producer, batch, topic, partition), inside))
-                    batch, inside = producer.create_batch(), []
-                if not inside:
-                    self._append(batch, row)  # the first one fits, however large it is
-                inside.append(place)
-            futures.append((await self._send_batch(producer, batch, topic, partition), inside))
-        return futures
+    async def _queues(self, producer: Any, rows: Sequence[Outgoing], results: list[Sent]) -> dict[Partition, list[int]]:
+        """Places of the rows for each partition, in order; those whose topic is not to be had get their result."""
+        topics = {topic: await self._partitions(producer, topic) for topic in {row.topic for row in rows}}
+        if None in topics.values():
+            await self._drop()  # nobody answers it: begin again with a new one
+        queues: dict[Partition, list[int]] = {}
+        for place, row in enumerate(rows):
+            among = topics[row.topic]
+            if among:
+                # As every Kafka client does by default, so that neighbours find a key where they expect it.
+                number = among[(murmur2(row.key or b"") & 0x7FFFFFFF) % len(among)]
+                queues.setdefault((row.topic, number), []).append(place)
+            elif among is not None:
+                results[place] = _missing(row.topic)
+        return queues
 
-    @staticmethod
-    async def _send_batch(producer: Any, batch: Any, topic: str, partition: int) -> Any:
-        future = await producer.send_batch(batch, topic, partition=partition)
-        future.add_done_callback(_seen)
-        return future
+    async def _send_batches(
+        self,
+        producer: Any,
+        rows: Sequence[Outgoing],
+        queues: Mapping[Partition, Sequence[int]],
+        sent: list[_Batch],
+    ) -> None:
+        """Hand the places of each partition to the producer and note in `sent` what it took."""
+        filled = [self._fill(producer, partition, rows, places) for partition, places in queues.items()]
+        for row_of_batches in zip_longest(*filled):  # the producer takes one of each partition at a time
+            for one in row_of_batches:
+                if one is None:
+                    continue
+                batch, partition, places = one
+                size = batch.size()
+                future = await producer.send_batch(batch, partition[0], partition=partition[1])
+                future.add_done_callback(_seen)
+                sent.append(_Batch(partition, places, size, future))
+
+    def _fill(
+        self, producer: Any, partition: Partition, rows: Sequence[Outgoing], places: Sequence[int]
+    ) -> list[tuple[Any, Partition, list[int]]]:
+        """The rows in as many batches as they need."""
+        most = self._batch_bytes.get(partition[0], MAX_BATCH_BYTES)
+        batch, inside = producer.create_batch(), list[int]()
+        filled = [(batch, partition, inside)]
+        for place in places:
+            row = rows[place]
+            is_full = len(row.value or b"") > BIG_ROW_BYTES or (
+                most < MAX_BATCH_BYTES and batch.size() + _size(row) > most
+            )
+            if inside and (is_full or not self._append(batch, row)):
+                batch, inside = producer.create_batch(), []
+                filled.append((batch, partition, inside))
+            if not inside:
+                self._append(batch, row)  # the first one fits, however large it is
+            inside.append(place)
+        return filled
 
     @staticmethod
     def _append(batch: Any, row: Outgoing) -> bool:
         return batch.append(timestamp=None, key=row.key, value=row.value, headers=list(row.headers)) is not None
 
-    @staticmethod
-    async def _partitions(producer: Any, topics: set[str]) -> dict[str, list[int]]:
-        """Partition numbers of each topic; none for one that is missing or may not be seen, which is soon said."""
-        found: dict[str, list[int]] = {}
-        for topic in topics:
-            try:
-                async with asyncio.timeout(TOPIC_DEADLINE_S):
-                    found[topic] = sorted(await producer.partitions_for(topic))
-            except (KafkaError, TimeoutError):
-                found[topic] = []
-        return found
+    async def _partitions(self, producer: Any, topic: str) -> list[int] | None:
+        """Partition numbers of a topic; none for one that is missing or may not be seen, None when nobody says so.
 
-    async def _one_by_one(self, rows: Sequence[Outgoing]) -> list[Sent]:
-        results: list[Sent] = []
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + SEND_DEADLINE_S
-        partitions = await self._partitions(await self._ready(), {row.topic for row in rows})
-        stuck = set[bytes | None]()
-        for row in rows:
-            if row.key in stuck:
-                results.append(Sent(error=ELDER_FIRST))
-                continue
-            if not partitions[row.topic]:
-                stuck.add(row.key)
-                results.append(Sent(error=f"topic {row.topic} is not to be had"))
-                continue
-            if results and self._producer is None and loop.time() > deadline - PRODUCER_DEADLINE_S:
-                break  # a new one may take longer than is left
-            try:
-                producer = await self._ready()
-                async with asyncio.timeout_at(deadline):
-                    await producer.send_and_wait(row.topic, row.value, key=row.key, headers=list(row.headers))
-                results.append(ACKNOWLEDGED)
-            except REFUSED_FOR_EVER:
-                await self._drop()
-                results.append(
-                    Sent(error="larger than the topic takes (max.message.bytes)", refused=True, too_large=True)
-                )
-            except (KafkaError, OSError, TimeoutError, Unavailable) as error:
-                await self._drop()
-                results.append(Sent(error=type(error).__name__))
-                break
-        return results + [Sent(error="not tried")] * (len(rows) - len(results))
+        One that was just created may take a moment; one that was missing before is not waited for again.
+        """
+        client, answers = producer.client, 0
+        with suppress(KafkaError, TimeoutError):
+            async with asyncio.timeout(TOPIC_DEADLINE_S):
+                client.add_topic(topic)
+                # Twice at least: an update may have been under way before the topic was added.
+                while not client.cluster.partitions_for_topic(topic) and not (topic in self._missing and answers > 1):
+                    answers += await client.force_metadata_update()
+                    await asyncio.sleep(TOPIC_PAUSE_S)
+        if found := client.cluster.partitions_for_topic(topic):
+            self._missing.discard(topic)
+            return sorted(found)
+        if answers < 2:
+            return None
+        self._missing.add(topic)
+        return []
 
 
-def _failed(error: BaseException) -> Sent:
-    return Sent(error=type(error).__name__, too_large=isinstance(error, REFUSED_FOR_EVER))
+def _missing(topic: str) -> Sent:
+    return Sent(f"topic {topic} is not to be had", closed=True)
+
+
+def _size(row: Outgoing) -> int:
+    """The bytes of a batch that holds this row alone, at most; a larger row has a larger number."""
+    size: int = DefaultRecordBatchBuilder.estimate_size_in_bytes(row.key, row.value, list(row.headers))
+    return size
 
 
 def _seen(future: Any) -> None:
@@ -246,23 +325,37 @@ def _seen(future: Any) -> None:
 
 
 class _Requests:
-    """The produce requests under way of one producer; after `end` none begins any more."""
+    """The produce requests under way of one producer; after `end` none begins any more.
+
+    Nothing follows a batch that failed into its partition: it would stand before its elders.
+    """
 
     def __init__(self, sender: Any) -> None:
         self.tasks = set[asyncio.Task[Any]]()
+        self._broken = set[Any]()
         self._is_over = False
+        self._sender = sender
         self._send = sender._send_produce_req
         sender._send_produce_req = self._tracked
 
-    async def _tracked(self, *arguments: Any) -> None:
+    async def _tracked(self, node_id: int, batches: dict[Any, Any]) -> None:
         task = asyncio.current_task()
         if self._is_over or task is None:
             return
+        for partition in self._broken & batches.keys():
+            batches.pop(partition).failure(exception=ElderFirst())
+            self._sender._muted_partitions.remove(partition)
+        if not batches:
+            self._sender._in_flight.remove(node_id)
+            return
         self.tasks.add(task)
         try:
-            await self._send(*arguments)
+            await self._send(node_id, batches)
         finally:
             self.tasks.discard(task)
+            self._broken.update(
+                partition for partition, batch in batches.items() if batch.future.done() and batch.future.exception()
+            )
 
     def end(self) -> set[asyncio.Task[Any]]:
         """Cancel them; they are over once the returned tasks are."""
@@ -291,6 +384,8 @@ async def _abandon(producer: Any, requests: _Requests) -> None:
     for batch in [*batches._pending_batches, *(batch for some in batches._batches.values() for batch in some)]:
         batch.future.add_done_callback(_seen)
         batch._drain_waiter.add_done_callback(_seen)
+    for some in batches._batches.values():
+        batches._pending_batches.update(some)  # aiokafka takes one off there that waits for another try, too
     batches.fail_all(KafkaError("given up"))
     closing = asyncio.ensure_future(producer.client.close())
     closing.add_done_callback(_seen)

@@ -201,7 +201,7 @@ def delete_before_the_acknowledgement() -> None:
             await db.finish_outbox([row.id for row in rows], {})
         if rows:
             passed("before send")
-            await self._publish([(row.type, row.campaign_id, row.event) for row in rows], alone=False)
+            await self._publish([(row.type, row.campaign_id, row.event) for row in rows])
         return len(rows)
 
     _replace(Relay, "turn", broken)
@@ -211,12 +211,12 @@ def fresh_id_for_each_sending() -> None:
     """An event gets its id when it is sent, not when it happened."""
     publish = Service._publish
 
-    async def broken(self: Service, rows: Sequence[Any], *, alone: bool) -> Any:
+    async def broken(self: Service, rows: Sequence[Any]) -> Any:
         renamed = [
             (type_, campaign_id, orjson.dumps({**orjson.loads(event), "id": str(uuid4())}))
             for type_, campaign_id, event in rows
         ]
-        return await publish(self, renamed, alone=alone)
+        return await publish(self, renamed)
 
     _replace(Service, "_publish", broken)
 

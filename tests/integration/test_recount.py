@@ -296,6 +296,11 @@ PLANS = {
         "campaign_prospects_by_contact",
     ),
     "outbox": (statement("relay_read"), "ARRAY[1, 2, 3]::smallint[], 2000, 4000000", "outbox_pending"),
+    "outbox, some types held back": (
+        statement("relay_read_types"),
+        "ARRAY[1, 2, 3]::smallint[], 200, 4000000, ARRAY['t', 'u']",
+        "outbox_by_type",
+    ),
     "outbox shards": (statement("relay_lock"), None, "outbox_pending"),
     "deferred": (statement("take_deferred"), None, "deferred_due"),
 }

@@ -1,9 +1,11 @@
 """The relay under any pattern of publish failures: in order, none lost, none deleted that was not acknowledged."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from uuid import UUID
 
 import pytest
@@ -16,8 +18,8 @@ from consumer import health as health_module
 from consumer.errors import Unavailable
 from consumer.health import Health
 from consumer.metrics import Metrics
-from consumer.relay import ALONE_ROWS, TURN_BYTES, TURN_ROWS, Relay
-from schemas.events import PAUSED, STATS_UPDATED
+from consumer.relay import PROBE_ROWS, TURN_BYTES, TURN_ROWS, Relay
+from schemas.events import PAUSED, STATS_UPDATED, SYNC_REJECTED
 from tests.unit.builders import campaign_id
 
 
@@ -41,6 +43,7 @@ class Row:
 class Sent:
     error: str | None = None
     refused: bool = False
+    closed: bool = False
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Outbox:
     rows: dict[int, Row]
     shards: list[int] = field(default_factory=lambda: [0])
     fail_commits: list[bool] = field(default_factory=list)
-    asked: list[tuple[int, int]] = field(default_factory=list)
+    asked: list[tuple[int, int, Sequence[str] | None]] = field(default_factory=list)
     deleted: list[int] = field(default_factory=list)
     set_aside: dict[int, str] = field(default_factory=dict)
 
@@ -75,10 +78,11 @@ class Turn:
     async def lock_shards(self) -> list[int]:
         return self.outbox.shards
 
-    async def read_outbox(self, shards: Sequence[int], rows: int, size: int) -> list[Row]:
+    async def read_outbox(self, shards: Sequence[int], rows: int, size: int, types: Sequence[str] | None) -> list[Row]:
         assert shards == self.outbox.shards
-        self.outbox.asked.append((rows, size))
-        return [self.outbox.rows[row_id] for row_id in sorted(self.outbox.rows)][:rows]
+        self.outbox.asked.append((rows, size, types))
+        found = [row for _, row in sorted(self.outbox.rows.items()) if types is None or row.type in types]
+        return found[:rows]
 
     async def finish_outbox(self, published: Sequence[int], refused: Mapping[int, str]) -> None:
         self.published.extend(published)
@@ -87,28 +91,32 @@ class Turn:
 
 @dataclass
 class Broker:
-    """The fake broker, as broker.Publisher promises it: alone stops at the first failure, only alone may refuse.
+    """The fake broker, as broker.Publisher promises it: a closed topic takes no row, the others are not concerned.
 
-    `plan` says what becomes of the next rows; when it is used up everything is acknowledged.
+    `plan` says what becomes of the next rows; when it is used up everything is acknowledged. `closed` are types.
     """
 
     ids: Mapping[tuple[UUID, bytes], int]
     plan: list[str] = field(default_factory=list)
     poison: frozenset[int] = frozenset()
+    closed: set[str] = field(default_factory=set)
     log: list[int] = field(default_factory=list)  # ids as they arrived, whether or not we heard of it
     acknowledged: set[int] = field(default_factory=set)
-    calls: list[bool] = field(default_factory=list)
+    calls: list[int] = field(default_factory=list)
 
-    async def __call__(self, rows: Sequence[tuple[str, UUID, bytes]], *, alone: bool) -> list[Sent]:
-        self.calls.append(alone)
+    async def __call__(self, rows: Sequence[tuple[str, UUID, bytes]]) -> list[Sent]:
+        self.calls.append(len(rows))
         results: list[Sent] = []
-        for place, (_, campaign, event) in enumerate(rows):
+        for place, (type_, campaign, event) in enumerate(rows):
             row_id = self.ids[campaign, event]
+            if type_ in self.closed:
+                results.append(Sent("closed", closed=True))
+                continue
             what = self.plan.pop(0) if self.plan else "ack"
             if what == "away" and place == 0:
                 raise Unavailable("kafka", "no broker")
             if row_id in self.poison:
-                results.append(Sent("too large", refused=alone))
+                results.append(Sent("too large", refused=True))
             elif what in ("ack", "away"):
                 self.log.append(row_id)
                 self.acknowledged.add(row_id)
@@ -117,16 +125,16 @@ class Broker:
                 if what == "unheard":
                     self.log.append(row_id)
                 results.append(Sent("NotLeaderForPartitionError"))
-            if alone and results[-1].error is not None and not results[-1].refused:
-                results += [Sent("not tried")] * (len(rows) - len(results))
-                break
         return results
 
 
-def outbox_of(campaigns: Sequence[int]) -> tuple[Outbox, dict[tuple[UUID, bytes], int]]:
-    """One row per number, of the campaign of that number, in this order."""
+def outbox_of(
+    campaigns: Sequence[int], types: Sequence[str] = (STATS_UPDATED,)
+) -> tuple[Outbox, dict[tuple[UUID, bytes], int]]:
+    """One row per number, of the campaign of that number, in this order; types take turns."""
     rows = {
-        place: Row(place, campaign_id(number), event=str(place).encode()) for place, number in enumerate(campaigns, 1)
+        place: Row(place, campaign_id(number), types[place % len(types)], event=str(place).encode())
+        for place, number in enumerate(campaigns, 1)
     }
     return Outbox(rows), {(row.campaign_id, row.event): row.id for row in rows.values()}
 
@@ -140,17 +148,24 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
     return metrics.registry.get_sample_value(f"campaign_stats_{name}", labels) or 0.0
 
 
-async def drained(relay: Relay, outbox: Outbox) -> None:
-    """Turn after turn until the outbox is empty; each failure of a plan costs one turn at most."""
+async def drained(relay: Relay, outbox: Outbox, broker: Broker, opens: Sequence[set[str]] = ()) -> None:
+    """Turn after turn until the outbox is empty; each failure of a plan costs one turn at most.
+
+    After each turn the next of `opens` are the types that are closed; in the end none is.
+    """
+    changes = list(opens)
     for _ in range(200):
         try:
-            if not await relay.turn() and not outbox.rows:
+            done = await relay.turn()
+            broker.closed = changes.pop(0) if changes else set()
+            if not done and not outbox.rows and not changes:
                 return
         except Unavailable:
             continue
     pytest.fail("the outbox was not drained")
 
 
+TYPES = (STATS_UPDATED, PAUSED)
 plans = st.lists(st.sampled_from(("ack", "ack", "fail", "unheard", "away")), max_size=30)
 
 
@@ -159,25 +174,28 @@ plans = st.lists(st.sampled_from(("ack", "ack", "fail", "unheard", "away")), max
     plan=plans,
     poison=st.sets(st.integers(1, 12), max_size=3),
     fail_commits=st.lists(st.booleans(), max_size=6),
+    closed=st.lists(st.sets(st.sampled_from(TYPES)), max_size=6),
 )
-def test_rows_of_a_campaign_go_out_in_order_and_none_is_lost(
-    campaigns: list[int], plan: list[str], poison: set[int], fail_commits: list[bool]
+def test_rows_of_a_campaign_and_topic_go_out_in_order_and_none_is_lost(
+    campaigns: list[int], plan: list[str], poison: set[int], fail_commits: list[bool], closed: list[set[str]]
 ) -> None:
-    outbox, ids = outbox_of(campaigns)
+    outbox, ids = outbox_of(campaigns, TYPES)
     rows = dict(outbox.rows)
     outbox.fail_commits = fail_commits
-    broker = Broker(ids, plan, frozenset(poison))
-    asyncio.run(drained(relay_of(outbox, broker)[0], outbox))
+    broker = Broker(ids, plan, frozenset(poison), closed.pop() if closed else set())
+    relay, _, health = relay_of(outbox, broker)
+    asyncio.run(drained(relay, outbox, broker, closed))
+    assert health.degraded == []
 
     assert set(outbox.set_aside) == poison & rows.keys()
     assert sorted([*outbox.deleted, *outbox.set_aside]) == sorted(rows)
     assert set(outbox.deleted) <= broker.acknowledged
-    for campaign in {row.campaign_id for row in rows.values()}:
-        mine = [row_id for row_id in broker.log if rows[row_id].campaign_id == campaign]
+    for queue in {(row.campaign_id, row.type) for row in rows.values()}:
+        mine = [row_id for row_id in broker.log if (rows[row_id].campaign_id, rows[row_id].type) == queue]
         last = {row_id: place for place, row_id in enumerate(mine)}
         # Who reads the topic to its end meets the last copy of each event in the order of the outbox.
         assert sorted(last, key=last.__getitem__) == sorted(last)
-        finished = [row_id for row_id in outbox.deleted if rows[row_id].campaign_id == campaign]
+        finished = [row_id for row_id in outbox.deleted if (rows[row_id].campaign_id, rows[row_id].type) == queue]
         assert finished == sorted(finished)
 
 
@@ -213,34 +231,76 @@ async def test_a_row_whose_elder_failed_is_repeated_and_other_campaigns_go_on() 
     assert value(metrics, "publish_failures_total") == 1
 
 
-async def test_after_a_failed_send_one_turn_goes_row_by_row_and_the_next_in_batches_again() -> None:
-    outbox, ids = outbox_of([0, 1, 2])
-    broker = Broker(ids, ["ack", "fail", "fail"])
-    relay, _, _ = relay_of(outbox, broker)
-    with pytest.raises(Unavailable):
-        await relay.turn()
-    await relay.turn()
-    assert broker.calls == [False, True]
-    assert outbox.asked == [(TURN_ROWS, TURN_BYTES), (ALONE_ROWS, TURN_BYTES)]
-    assert outbox.deleted == [1, 2, 3]
-    for place in (4, 5):
-        outbox.rows[place] = Row(place, campaign_id(9), event=str(place).encode())
-        broker.ids = {**broker.ids, (campaign_id(9), str(place).encode()): place}
-        await relay.turn()
-    assert broker.calls == [False, True, False, False]
-
-
-async def test_a_refused_row_is_set_aside_only_when_it_was_sent_alone() -> None:
+async def test_a_refused_row_is_set_aside_and_its_neighbours_go_out() -> None:
     outbox, ids = outbox_of([0, 0, 1])
     broker = Broker(ids, poison=frozenset({1}))
     relay, metrics, _ = relay_of(outbox, broker)
-    with pytest.raises(Unavailable):
-        await relay.turn()
-    assert (outbox.set_aside, list(outbox.rows), broker.calls) == ({}, [1, 2], [False])
-    await relay.turn()
-    assert (outbox.set_aside, outbox.deleted, broker.calls) == ({1: "too large"}, [3, 2], [False, True])
+    assert await relay.turn() == 3
+    assert (outbox.set_aside, outbox.deleted, broker.calls) == ({1: "too large"}, [2, 3], [3])
     assert value(metrics, "set_aside_total") == 1
     assert value(metrics, "published_total", type=STATS_UPDATED) == 2
+    assert value(metrics, "publish_failures_total") == 0
+
+
+async def test_a_type_whose_topic_is_closed_is_held_back_and_tried_again_by_one_row() -> None:
+    outbox, ids = outbox_of([0] * 6, TYPES)
+    paused = [row_id for row_id, row in outbox.rows.items() if row.type == PAUSED]
+    broker = Broker(ids, closed={PAUSED})
+    relay, metrics, health = relay_of(outbox, broker)
+    assert await relay.turn() == 3 + 1  # also that one is held back is something done: what stands behind it is next
+    assert list(outbox.rows) == paused
+    assert health.degraded == ["relay"]
+    assert value(metrics, "publish_failures_total") == 1
+    assert await relay.turn() == 0
+    others = (TURN_ROWS, TURN_BYTES, [STATS_UPDATED, SYNC_REJECTED])
+    assert outbox.asked == [(TURN_ROWS, TURN_BYTES, None), (PROBE_ROWS, TURN_BYTES, [PAUSED]), others]
+    assert (list(outbox.rows), health.degraded) == (paused, ["relay"])
+    broker.closed = set()
+    assert await relay.turn() == 3
+    assert (outbox.deleted[-3:], health.degraded) == (paused, [])
+
+
+async def test_a_held_type_is_tried_again_with_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health_module, "FIRST_BACKOFF_S", 0.1)
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    outbox, ids = outbox_of([0], [PAUSED])
+    relay, _, health = relay_of(outbox, broker := Broker(ids, closed={PAUSED}))
+    tried: list[float] = []
+    for _ in range(6_000):
+        before = len(broker.calls)
+        await relay.turn()
+        tried += [clock[0]] * (len(broker.calls) - before)
+        assert health.degraded == ["relay"]
+        clock[0] += 0.01
+    waits = [after - before for before, after in pairwise(tried)]
+    assert waits[0] < 0.2
+    assert max(waits) < health_module.LONGEST_BACKOFF_S + 0.1  # so that what is put right is noticed in time
+    assert len(waits) < 40
+
+
+async def test_a_held_type_stays_held_while_another_relay_has_the_shards_and_ends_with_its_rows() -> None:
+    outbox, ids = outbox_of([0], [PAUSED])
+    relay, _, health = relay_of(outbox, Broker(ids, closed={PAUSED}))
+    await relay.turn()
+    mine, outbox.shards = outbox.shards, []
+    await relay.turn()
+    assert health.degraded == ["relay"]
+    outbox.shards = mine
+    outbox.rows.clear()  # the other one got rid of them
+    await relay.turn()
+    assert health.degraded == []
+
+
+async def test_a_failure_of_another_kind_while_a_held_type_is_tried_does_not_stop_the_others() -> None:
+    outbox, ids = outbox_of([0, 0], TYPES)
+    broker = Broker(ids, closed=set(TYPES))
+    relay, _, health = relay_of(outbox, broker)
+    await relay.turn()
+    broker.closed, broker.plan = {STATS_UPDATED}, ["fail"]
+    assert await relay.turn() == 0
+    assert await relay.turn() == 1
+    assert (outbox.deleted, health.degraded) == ([1], ["relay"])
 
 
 async def test_an_unreachable_broker_is_an_outage_of_the_relay_and_keeps_everything() -> None:
@@ -271,13 +331,13 @@ async def test_every_event_is_published_under_its_own_type_key_and_bytes() -> No
     outbox = Outbox({7: Row(7, campaign_id(0), PAUSED, b'{"a":1}')})
     published: list[object] = []
 
-    async def publish(rows: Sequence[tuple[str, UUID, bytes]], *, alone: bool) -> list[Sent]:
-        published.append((list(rows), alone))
+    async def publish(rows: Sequence[tuple[str, UUID, bytes]]) -> list[Sent]:
+        published.append(list(rows))
         return [Sent()]
 
     metrics = Metrics(CollectorRegistry())
     assert await Relay(outbox, publish, metrics, Health()).turn() == 1
-    assert published == [([(PAUSED, campaign_id(0), b'{"a":1}')], False)]
+    assert published == [[(PAUSED, campaign_id(0), b'{"a":1}')]]
     assert value(metrics, "published_total", type=PAUSED) == 1
 
 
