@@ -197,7 +197,7 @@ def delete_before_the_acknowledgement() -> None:
     async def broken(self: Relay) -> int:
         async with self._store.transaction() as db:
             shards = await db.lock_shards()
-            rows = await db.read_outbox(shards, 100, 10**6) if shards else []
+            rows = await db.read_outbox(shards, 100, 10**6, None) if shards else []
             await db.finish_outbox([row.id for row in rows], {})
         if rows:
             passed("before send")
