@@ -387,11 +387,16 @@ async def service(environment: dict[str, str]) -> AsyncIterator[StartService]:
     await end_services(running)
 
 
-async def start_service(environment: dict[str, str], *arguments: str, module: str = "consumer") -> RunningService:
-    """The service as a process, not waited for. `module` stands in for it in tests that rig it."""
+async def start_service(
+    environment: dict[str, str], *arguments: str, module: str = "consumer", directory: Path = REPOSITORY
+) -> RunningService:
+    """The service as a process, not waited for. `module` stands in for it in tests that rig it.
+
+    `directory`: where it is, if another version is meant.
+    """
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", module, "run", *arguments,
-        env=environment, cwd=REPOSITORY, limit=2**24,
+        env=environment, cwd=directory, limit=2**24,
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     one = RunningService(process)
@@ -462,10 +467,16 @@ async def eventually(
     raise AssertionError(f"not within {timeout_s} s: {what}; last: {last!r}")
 
 
-async def command(environment: dict[str, str], *arguments: str, timeout_s: float = 30) -> tuple[int, str, str]:
-    """Run a `campaign-stats` command as a process: exit code, stdout, stderr."""
+async def command(
+    environment: dict[str, str],
+    *arguments: str,
+    timeout_s: float = 30,
+    module: str = "consumer",
+    directory: Path = REPOSITORY,
+) -> tuple[int, str, str]:
+    """Run a `campaign-stats` command as a process: exit code, stdout, stderr. The rest as in `start_service`."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "consumer", *arguments, env=environment, cwd=REPOSITORY,
+        sys.executable, "-m", module, *arguments, env=environment, cwd=directory,
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:

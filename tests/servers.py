@@ -5,7 +5,7 @@ import fcntl
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -140,12 +140,19 @@ class ApacheCluster:
     """Three nodes that keep three replicas of everything, two of which must have a record before it is acknowledged.
 
     `doors`: for each node the loopback port that it tells clients of its second listener, where a proxy may stand; that
-    listener itself is at `behind`.
+    listener itself is at `behind`. `controllers`: the nodes that vote; with one alone, that one must live, but the rest
+    may die together.
     """
 
-    def __init__(self, directory: Path, doors: Mapping[int, int], properties: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        doors: Mapping[int, int],
+        properties: Mapping[str, str] | None = None,
+        controllers: Collection[int] = (1, 2, 3),
+    ) -> None:
         self.nodes = {number: ApacheKafka(directory / f"kafka-{number}") for number in doors}
-        voters = ",".join(f"{number}@127.0.0.1:{node.controller_port}" for number, node in self.nodes.items())
+        voters = ",".join(f"{number}@127.0.0.1:{self.nodes[number].controller_port}" for number in controllers)
         for number, node in self.nodes.items():
             node.secured = {"PROXIED": "PLAINTEXT"}
             node.ports = {"PROXIED": free_port()}
@@ -161,6 +168,11 @@ class ApacheCluster:
                 "transaction.state.log.min.isr": "2",
                 **(properties or {}),
             }
+            if number not in controllers:
+                node.properties["process.roles"] = "broker"
+                node.properties["listeners"] = (
+                    f"PLAINTEXT://127.0.0.1:{node.port},PROXIED://127.0.0.1:{node.ports['PROXIED']}"
+                )
 
     @property
     def bootstrap(self) -> str:

@@ -198,7 +198,10 @@ class Source:
         self._batches.append(Batch((partition.topic, partition.partition), records, next_offset))
 
     async def _notice_moves(self) -> None:
-        """Positions also move without records: past transaction markers, or to the start of what retention left."""
+        """Positions also move without records: past transaction markers, or to the start of what retention left.
+
+        And back, when a log was cut off behind them (an unclean election): what is written there next must be ours too.
+        """
         epoch = self._epoch
         for partition in list(self._consumer.assignment()):
             try:
@@ -208,7 +211,7 @@ class Source:
                 continue
             if epoch != self._epoch:
                 return
-            if partition in self._next and position <= self._next[partition]:
+            if position == self._next.get(partition):
                 continue
             self._hand_out(partition, (), position)
 

@@ -10,15 +10,17 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
 from uuid import uuid4
 
 import orjson
 
-from consumer import database, health, migrations
+from consumer import cli, database, health, migrations, outcome, questions, redrive, repairs, replay
+from consumer import turn as turn_module
+from consumer.broker import Publisher
 from consumer.broker import publisher as publisher_module
 from consumer.broker import source as source_module
 from consumer.cli import main
@@ -51,6 +53,16 @@ POINTS: Final = (
     "after dead letters",
 )
 """Where `run` can be ended. A migration's are `migration 0001` to the last, in its transaction or behind its index."""
+
+COMMAND_POINTS: Final = (
+    "locked",  # `redrive` and `replay` have their turn
+    "published",  # what `redrive` sends back was acknowledged, and is not marked
+    "unlocking",  # all is done, COMMIT is not sent; the offsets of `replay` have moved
+    "after page",  # `requeue`, `retry` and `reconcile` have committed a page
+)
+"""Where an operator's command can be ended."""
+
+SMALL_PAGE: Final = 5  # rows of a command's page here, so that there is something between two of them
 
 _engine: ContextVar[str] = ContextVar("engine", default="")
 _did_something: ContextVar[bool] = ContextVar("did_something", default=False)
@@ -155,6 +167,35 @@ def _around_record() -> None:
         await original(connection, migration)
 
     _replace(migrations, "_record", record)
+
+
+def _rig_commands() -> None:
+    _replace(repairs, "PAGE_ROWS", SMALL_PAGE)
+    _replace(questions, "RECONCILE_AT_ONCE", SMALL_PAGE)
+    _replace(redrive, "AT_ONCE", SMALL_PAGE)
+    _around(Publisher, "publish", after="published")
+    original, locked = vars(repairs)["progress"], turn_module.locked
+
+    @contextmanager
+    def progress(what: str) -> Iterator[Callable[..., None]]:
+        with original(what) as done:
+
+            def then(*counts: Any) -> None:
+                done(*counts)
+                passed("after page")
+
+            yield then
+
+    @asynccontextmanager
+    async def with_points(connection: Any, name: str) -> AsyncIterator[None]:
+        async with locked(connection, name):
+            passed("locked")
+            yield
+            passed("unlocking")
+
+    _replace(repairs, "progress", progress)
+    _replace(cli, "progress", progress)
+    _replace(turn_module, "locked", with_points)
 
 
 def _rig_session(session_ms: int) -> None:
@@ -367,6 +408,35 @@ def deaf_to_signals() -> None:
     _replace(Service, "_finish", broken)
 
 
+def version_is_a_plain_counter() -> None:
+    """A version is the one before plus one."""
+    _replace(outcome, "next_version", lambda previous, now: previous + 1)
+
+
+def sent_back_without_a_mark() -> None:
+    """A redrive does not note what it sent back."""
+    statement = vars(redrive)["statement"]
+    _replace(
+        redrive,
+        "statement",
+        lambda name: "SELECT $1::text[], $2::int[], $3::bigint[]" if name == "mark_redriven" else statement(name),
+    )
+
+
+def replay_goes_where_it_is_told() -> None:
+    """A replay moves offsets to the time asked for, be that forward."""
+    planned = replay.planned
+
+    async def broken(group: Any, since: Any) -> list[Any]:
+        first = await group.first_since(since)
+        return [
+            replay.Move(move.partition, move.begin, first.get(move.partition, move.begin))
+            for move in await planned(group, since)
+        ]
+
+    _replace(replay, "planned", broken)
+
+
 BREAKAGES: Final[Mapping[str, Callable[[], None]]] = {
     breakage.__name__: breakage
     for breakage in (
@@ -386,6 +456,9 @@ BREAKAGES: Final[Mapping[str, Callable[[], None]]] = {
         revocation_waits_for_nothing,
         whole_generation_on_revocation,
         deaf_to_signals,
+        version_is_a_plain_counter,
+        sent_back_without_a_mark,
+        replay_goes_where_it_is_told,
     )
 }
 
@@ -395,6 +468,7 @@ if __name__ == "__main__":
         BREAKAGES[os.environ["FAULT_BREAKAGE"]]()
     _rig_points()
     _rig_count()
+    _rig_commands()
     if os.environ.get("FAULT_SESSION_MS"):
         _rig_session(int(os.environ["FAULT_SESSION_MS"]))
     main()

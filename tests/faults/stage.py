@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,16 +10,18 @@ from typing import Final
 from uuid import UUID, uuid4
 
 import asyncpg
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from consumer import broker
 from consumer.demo.servers import Postgres, free_port
 from schemas.topics import Topics
-from tests.conftest import RunningService, end_services, eventually, start_service
+from tests.conftest import RunningService, command, end_services, eventually, start_service
 from tests.faults import checker
 from tests.faults.checker import Findings
 from tests.faults.proxy import Proxy
+from tests.faults.rigged import COMMAND_POINTS
 from tests.faults.upstream import Upstream
-from tests.servers import ApacheCluster
+from tests.servers import REPOSITORY, ApacheCluster
 
 SEED: Final = int(os.environ["CAMPAIGN_STATS_FAULT_SEED"])  # tests/conftest.py sets it if nobody did
 PARTITIONS: Final = 3
@@ -30,9 +32,11 @@ SETTLE_S: Final = 60.0
 class Grid:
     """Three brokers, each behind a proxy that the service must go through."""
 
-    def __init__(self, directory: Path, properties: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, directory: Path, properties: Mapping[str, str] | None = None, controllers: Collection[int] = (1, 2, 3)
+    ) -> None:
         doors = {number: free_port() for number in (1, 2, 3)}
-        self.cluster = ApacheCluster(directory, doors, properties)
+        self.cluster = ApacheCluster(directory, doors, properties, controllers)
         self.proxies = {number: Proxy(port, self.cluster.behind[number]) for number, port in doors.items()}
 
     @property
@@ -98,6 +102,22 @@ class Stage:
             await one.ready(60)
         return one
 
+    async def command(
+        self,
+        *arguments: str,
+        point: str = "",
+        passes: int = 1,
+        breakage: str = "",
+        directory: Path = REPOSITORY,
+        **settings: object,
+    ) -> tuple[int, str, str]:
+        """Run an operator's command to its end: exit code (-9 when killed at the `point`), stdout, stderr."""
+        assert point in ("", *COMMAND_POINTS) or point.startswith("migration "), point
+        rigged = {"FAULT_POINT": point, "FAULT_PASSES": str(passes), "FAULT_BREAKAGE": breakage}
+        named = {f"CAMPAIGN_STATS_{name.upper()}": str(value) for name, value in settings.items()}
+        environment = {**self.environment, **rigged, **named}
+        return await command(environment, *arguments, timeout_s=90, module="tests.faults.rigged", directory=directory)
+
     async def settled(self, timeout_s: float = SETTLE_S) -> None:
         """Wait until every record is committed and nothing waits in our tables, twice in a row."""
         quiet = 0
@@ -147,20 +167,33 @@ class Stage:
 
 @asynccontextmanager
 async def stage(
-    grid: Grid, postgres: Postgres, *, partitions: int = PARTITIONS, door: Proxy | None = None
+    grid: Grid,
+    postgres: Postgres,
+    *,
+    partitions: int = PARTITIONS,
+    door: Proxy | None = None,
+    template: str = "template_cs",
+    brokers: Sequence[int] = (),
 ) -> AsyncIterator[Stage]:
-    """A fresh database (from the template where the server has one) and fresh topics. `door`: a proxy to PostgreSQL."""
+    """A fresh database (like `template`) and fresh topics. `door`: a proxy to PostgreSQL.
+
+    `brokers`: those that hold the topics, the first one leads; each alone may acknowledge. If none is named, all three
+    hold them, and two must have a record.
+    """
     name = f"f{uuid4().hex[:12]}"
     admin = await asyncpg.connect(postgres.url())
-    await admin.execute(f"CREATE DATABASE {name} TEMPLATE template_cs")
+    await admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
     await admin.close()
     topics = Topics(f"{name}.")
-    await broker.create_topics(
-        broker.Connection(grid.cluster.bootstrap, {}),
-        {topic: {} for topic in topics.all},
-        partitions=partitions,
-        replication=3,
-    )
+    if brokers:
+        await _create_on(grid.cluster.bootstrap, topics.all, partitions, brokers)
+    else:
+        await broker.create_topics(
+            broker.Connection(grid.cluster.bootstrap, {}),
+            {topic: {} for topic in topics.all},
+            partitions=partitions,
+            replication=3,
+        )
     url = postgres.url(name)
     upstream = Upstream(url, grid.cluster.bootstrap, topics, SEED)
     inherited = {
@@ -190,3 +223,15 @@ async def stage(
                 replica.process.kill()
                 await replica.process.wait()
         await upstream.close()
+
+
+async def _create_on(bootstrap: str, topics: Sequence[str], partitions: int, brokers: Sequence[int]) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        everywhere = {number: list(brokers) for number in range(partitions)}
+        settings = {"min.insync.replicas": "1"}
+        response = await admin.create_topics([NewTopic(topic, -1, -1, everywhere, settings) for topic in topics])
+        assert [error for _, error, *_ in response.topic_errors if error] == []
+    finally:
+        await admin.close()

@@ -1,11 +1,46 @@
-"""What counts as read to the end, while partitions come and go."""
+"""Positions that move without records, and what counts as read to the end while partitions come and go."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka import TopicPartition
 
+from consumer.broker import Connection, Source
 from consumer.service import Service
+
+
+PARTITION = TopicPartition("t", 0)
+
+
+class CutOff:
+    """A client whose log has three records; then it is cut off, and it begins again by itself."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def assignment(self) -> set[TopicPartition]:
+        return {PARTITION}
+
+    async def position(self, _: TopicPartition) -> int:
+        return self.at
+
+    async def getmany(self, *, timeout_ms: int, max_records: int) -> dict[Any, list[Any]]:
+        if self.at:
+            self.at = 0
+            return {}
+        self.at = 3
+        return {PARTITION: [SimpleNamespace(offset=offset) for offset in range(3)]}
+
+
+async def test_a_log_that_was_cut_off_takes_the_committed_offset_back_with_it() -> None:
+    source = Source(Connection("x:1", {}), ["t"], "g", fetch_max_wait_ms=1)
+    vars(source).update(_consumer=CutOff(), _fetched=SimpleNamespace(passed=[], bytes_left=0))
+    [first], _ = await source.poll()
+    assert first.next_offset == 3
+    # Else what is written next would be passed over by whoever begins at the committed offset.
+    [back], _ = await source.poll()
+    assert (back.partition, back.next_offset, list(back.records)) == (("t", 0), 0, [])
 
 
 class Offsets:
