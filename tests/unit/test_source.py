@@ -9,7 +9,6 @@ from aiokafka import TopicPartition
 from consumer.broker import Connection, Source
 from consumer.service import Service
 
-
 PARTITION = TopicPartition("t", 0)
 
 
