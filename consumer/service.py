@@ -420,6 +420,8 @@ async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
 
 async def end_process(code: int) -> None:
     """After `run`: end even where a client's task does not let itself be cancelled, with this exit code."""
+    # A second signal is too late to matter; between here and the end it would kill us with the system's own code.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     left = asyncio.all_tasks() - {asyncio.current_task()}
     for task in left:
         task.cancel()
