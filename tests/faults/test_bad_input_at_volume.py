@@ -266,6 +266,7 @@ async def test_garbage_is_kept_good_records_are_served_memory_stays_flat_and_no_
     waves: int,
     scale: Scale,
 ) -> None:
+    """59 kinds of garbage among good records, broken batches and decompression bombs: all kept, all served."""
     seed = int(os.environ.get("CAMPAIGN_STATS_FAULT_SEED") or random.randrange(2**32))
     print(f"CAMPAIGN_STATS_FAULT_SEED={seed}")
     dice = random.Random(seed)

@@ -230,6 +230,7 @@ async def remade(bus: Bus, type_: str, config: Mapping[str, str] | None = None) 
 async def test_rows_of_a_missing_topic_let_those_of_others_pass_and_follow_when_it_is_back(
     database_url: str, bus: Bus, outbox: Outbox, is_running: bool
 ) -> None:
+    """An output topic missing with thousands of rows in front: the others pass, all follows when it is back."""
     link = Connection(bus.bootstrap, {})
     async with AsyncExitStack() as stack:
         if is_running:
@@ -262,6 +263,7 @@ async def test_rows_of_a_missing_topic_let_those_of_others_pass_and_follow_when_
 async def test_one_row_that_is_too_large_is_set_aside_and_thousands_behind_it_go_out_in_batches(
     database_url: str, bus: Bus, outbox: Outbox
 ) -> None:
+    """One row among 5 000 that the topic refuses: set aside alone, the others go out in batches."""
     link, topic = Connection(bus.bootstrap, {}), bus.topics.of(STATS_UPDATED)
     await broker.delete_topics(link, [topic])
     await remade(bus, STATS_UPDATED, {"max.message.bytes": "20000"})
@@ -277,6 +279,7 @@ async def test_one_row_that_is_too_large_is_set_aside_and_thousands_behind_it_go
 async def test_a_large_backlog_is_drained_in_order_and_in_little_memory(
     database_url: str, bus: Bus, outbox: Outbox, relays: int
 ) -> None:
+    """A backlog of 100 000 rows after an outage, drained by one relay and by five at once."""
     await outbox.fill(100_000)
     gc.collect()
     before = most = sys.getallocatedblocks()
@@ -343,6 +346,7 @@ class Proxy:
 async def test_a_broker_that_accepts_and_never_answers_keeps_rows_and_gives_the_shards_back_in_time(
     database_url: str, strict: Strict, bus: Bus, outbox: Outbox, db: asyncpg.Connection
 ) -> None:
+    """A sender that stalls: the turn ends in time, the shards are free, all follows in order."""
     proxy = Proxy(strict.proxy_port, strict.kafka.ports["PROXIED"])
     link = Connection(f"127.0.0.1:{strict.proxy_port}", {})
     async with proxy.open(), relaying(database_url, bus.topics, link) as running:
@@ -373,6 +377,7 @@ async def test_a_broker_that_accepts_and_never_answers_keeps_rows_and_gives_the_
 async def test_a_right_that_is_taken_away_holds_up_its_topic_only_and_all_follows_when_it_is_back(
     database_url: str, strict: Strict, bus: Bus, outbox: Outbox
 ) -> None:
+    """The right to write one topic lost and regained: only its events wait."""
     topics, service = bus.topics, ("--allow-principal", "User:service")
     await strict.acl(
         "--add", *service, "--operation", "Write", "--operation", "Describe",
