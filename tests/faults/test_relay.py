@@ -32,13 +32,14 @@ from consumer.relay import TURN_ROWS, Relay
 from schemas.events import PAUSED, STATS_UPDATED
 from schemas.topics import Topics
 from tests.conftest import Bus, eventually
+from tests.faults.stage import SLACK
 from tests.servers import ApacheKafka, kafka_jars
 
 pytestmark = pytest.mark.apache_kafka
 
 SEND_DEADLINE_S = 10  # as the design says, with the second it takes to let go of a producer
 IDLE_TIMEOUT_S = 20
-FOLLOWS_S = 10  # after something was put right
+FOLLOWS_S = 10 * SLACK  # after something was put right
 PASSWORD = "hunter2"
 CAMPAIGNS = [UUID(int=number << 64 | 1 << 63) for number in range(200)]
 
@@ -236,7 +237,7 @@ async def test_rows_of_a_missing_topic_let_those_of_others_pass_and_follow_when_
         if is_running:
             running = await stack.enter_async_context(relaying(database_url, bus.topics, link))
             await outbox.fill(100, PAUSED)
-            await outbox.drained(within_s=10)
+            await outbox.drained(within_s=10 * SLACK)
             outbox.written.pop(PAUSED)  # they go with their topic
         await broker.delete_topics(link, [bus.topics.of(PAUSED)])
         await outbox.fill(10 * TURN_ROWS, PAUSED)
@@ -247,7 +248,9 @@ async def test_rows_of_a_missing_topic_let_those_of_others_pass_and_follow_when_
         assert running.health.degraded == ["relay"]
         await outbox.fill(1_000)
         running.relay.wake()
-        assert await outbox.drained(STATS_UPDATED, within_s=FOLLOWS_S) < 3, "a held type costs the others nothing"
+        assert await outbox.drained(STATS_UPDATED, within_s=FOLLOWS_S) < 3 * SLACK, (
+            "a held type costs the others nothing"
+        )
         assert await outbox.waiting(PAUSED) == 10 * TURN_ROWS
         assert running.health.degraded == ["relay"]
 
@@ -269,12 +272,13 @@ async def test_one_row_that_is_too_large_is_set_aside_and_thousands_behind_it_go
     await remade(bus, STATS_UPDATED, {"max.message.bytes": "20000"})
     await outbox.fill(5_000, sizes={1_234: 40_000})
     async with relaying(database_url, bus.topics, link) as running:
-        await outbox.drained(within_s=8)
+        await outbox.drained(within_s=8 * SLACK)
         assert running.health.degraded == []
     assert await outbox.set_aside() == 1
     assert await outbox.assert_published_in_order(bus, without=[1_234]) == 4_999, "nothing went out twice"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("relays", [1, 5])
 async def test_a_large_backlog_is_drained_in_order_and_in_little_memory(
     database_url: str, bus: Bus, outbox: Outbox, relays: int
@@ -343,6 +347,7 @@ class Proxy:
         sink.close()
 
 
+@pytest.mark.faults
 async def test_a_broker_that_accepts_and_never_answers_keeps_rows_and_gives_the_shards_back_in_time(
     database_url: str, strict: Strict, bus: Bus, outbox: Outbox, db: asyncpg.Connection
 ) -> None:
@@ -352,7 +357,7 @@ async def test_a_broker_that_accepts_and_never_answers_keeps_rows_and_gives_the_
     async with proxy.open(), relaying(database_url, bus.topics, link) as running:
         await outbox.fill(1_000)
         running.relay.wake()
-        await outbox.drained(within_s=10)
+        await outbox.drained(within_s=10 * SLACK)
         proxy.passing.clear()
         await outbox.fill(3_000)
         running.relay.wake()
@@ -387,7 +392,7 @@ async def test_a_right_that_is_taken_away_holds_up_its_topic_only_and_all_follow
     async with relaying(database_url, topics, strict.as_user()) as running:
         await outbox.fill(100, PAUSED)
         await outbox.fill(100)
-        await outbox.drained(within_s=10)
+        await outbox.drained(within_s=10 * SLACK)
         await strict.acl("--add", *denied)
         await outbox.fill(2 * TURN_ROWS, PAUSED)
         await outbox.fill(1_000)
