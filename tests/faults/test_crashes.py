@@ -7,7 +7,7 @@ import asyncpg
 import pytest
 
 from consumer.demo.servers import Postgres
-from tests.conftest import eventually
+from tests.conftest import RunningService, eventually
 from tests.faults.checker import Findings
 from tests.faults.rigged import POINTS
 from tests.faults.stage import Grid, Stage, stage
@@ -18,14 +18,17 @@ pytestmark = pytest.mark.apache_kafka
 AT_ONCE = 5  # scenarios that run side by side, most of the time waiting for the group to miss its dead member
 
 
-async def eventful(one: Stage) -> list[UUID]:
-    """Something for every part of the service to do, and no second word on any of it; who must be paused."""
+async def eventful(one: Stage, doomed: RunningService) -> list[UUID]:
+    """Something for every part of the service to do, and no second word on any of it; who must be paused.
+
+    A campaign's row is held until `doomed` has put its recount off, or is dead.
+    """
     upstream = one.upstream
     plain = await upstream.campaigns(30, {"pending": 20, "sent": 5})
     bouncing = await upstream.campaigns(3, {"pending": 5, "sent": 200, "bounced": 20})
     locked = await upstream.campaigns(1, {"pending": 20})
     asked = await upstream.campaigns(3, {"sent": 3})
-    holder = await asyncpg.connect(one.url)
+    holder, watcher = await asyncpg.connect(one.url), await asyncpg.connect(one.url)
     try:
         async with holder.transaction():
             await holder.execute("SELECT FROM campaigns WHERE id = $1 FOR UPDATE", locked[0])
@@ -35,9 +38,12 @@ async def eventful(one: Stage) -> list[UUID]:
             # The row is held, so this is a change of which only the prospects know.
             await holder.execute("UPDATE campaign_prospects SET status = 'sent' WHERE campaign_id = $1", locked[0])
             await upstream.publish([(one.topics.of("prospect.status_changed.v1"), str(locked[0]), hint(locked[0]))])
-            await asyncio.sleep(0.5)
+            put_off = "SELECT count(*) > 0 FROM campaign_stats.deferred WHERE campaign_id = $1"
+            while doomed.process.returncode is None and not await watcher.fetchval(put_off, locked[0]):
+                await asyncio.sleep(0.05)
     finally:
         await holder.close()
+        await watcher.close()
     return bouncing
 
 
@@ -48,7 +54,8 @@ async def killed_there(grid: Grid, postgres: Postgres, point: str, *, breakage: 
         drifted = await one.upstream.campaigns(2, {"sent": 4}) if sweeps else []
         interval_s = 0.3 if sweeps else 0
         doomed = await one.replica(point=point, breakage=breakage, ready=not sweeps, sweep_interval_s=interval_s)
-        paused = await eventful(one)
+        async with asyncio.timeout(90):
+            paused = await eventful(one, doomed)
         await eventually(
             lambda: doomed.process.returncode is not None, f"killed at `{point}`: {doomed.raw[-5:]}", timeout_s=40
         )
