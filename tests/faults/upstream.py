@@ -45,9 +45,12 @@ class Upstream:
 
     async def campaigns(self, count: int, prospects: Mapping[str, int], **fields: Any) -> list[UUID]:
         """New campaigns, each with these prospects."""
-        db = await self._session()
-        async with db.transaction():
-            return [await add_campaign(db, prospects, **fields) for _ in range(count)]
+        db = await self._connected()  # beside whatever else is going on
+        try:
+            async with db.transaction():
+                return [await add_campaign(db, prospects, **fields) for _ in range(count)]
+        finally:
+            await db.close()
 
     async def change(
         self, campaigns: Sequence[UUID], to_status: str, *, of: str = "pending", prospects: int = 1
@@ -136,9 +139,13 @@ class Upstream:
 
     async def _session(self) -> asyncpg.Connection:
         if self._db is None or self._db.is_closed():
-            self._db = await asyncpg.connect(self._database_url, timeout=5, command_timeout=30)
-            await self._db.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
+            self._db = await self._connected()
         return self._db
+
+    async def _connected(self) -> asyncpg.Connection:
+        db = await asyncpg.connect(self._database_url, timeout=5, command_timeout=30)
+        await db.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
+        return db
 
     async def _ready(self) -> Any:
         if self._producer is None:
