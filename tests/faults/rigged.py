@@ -375,28 +375,6 @@ def zombies_keep_their_locks() -> None:
     _replace(database, "SESSION", {**database.SESSION, "idle_in_transaction_session_timeout": "0"})
 
 
-def revocation_waits_for_nothing() -> None:
-    """Partitions are let go in the middle of a chunk, and what was collected is flushed all the same."""
-
-    async def broken(self: Pipeline) -> None:
-        self.assigned = frozenset()
-
-    _replace(Pipeline, "let_go", broken)
-
-
-def whole_generation_on_revocation() -> None:
-    """A revocation waits until everything collected is flushed, not only the running chunk."""
-
-    async def broken(self: Pipeline) -> None:
-        while self._collecting or not self._idle.is_set():
-            await self._idle.wait()
-            await asyncio.sleep(0.01)
-        await let_go(self)
-
-    let_go = Pipeline.let_go
-    _replace(Pipeline, "let_go", broken)
-
-
 def deaf_to_signals() -> None:
     """A shutdown waits for its chunk without a deadline."""
     finish = Service._finish
@@ -453,8 +431,6 @@ BREAKAGES: Final[Mapping[str, Callable[[], None]]] = {
         health_says_nothing,
         patient_with_brokers,
         zombies_keep_their_locks,
-        revocation_waits_for_nothing,
-        whole_generation_on_revocation,
         deaf_to_signals,
         version_is_a_plain_counter,
         sent_back_without_a_mark,
