@@ -172,7 +172,7 @@ def topics(
             )
         publisher = Publisher(connection, idempotence=False)
         try:
-            return await publisher.check(names.all)
+            return await publisher.check(names.all, patience_s=broker.NEW_TOPIC_S if created else 0)
         finally:
             await publisher.close(5.0)
 

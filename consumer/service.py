@@ -256,7 +256,7 @@ class Service:
 
     async def _check_topics(self) -> list[str]:
         try:
-            missing = await self._events.check([*self._topics.all, *self._cdc])
+            missing = await self._events.check([*self._topics.all, *self._cdc], patience_s=broker.NEW_TOPIC_S)
         except ConfigError as error:
             return list(error.problems)
         return [

@@ -12,12 +12,13 @@ from consumer.broker.commands import (
     describe_topics,
 )
 from consumer.broker.link import Connection, TokenProvider, present, refusals, tls_context
-from consumer.broker.publisher import ACKNOWLEDGED, Outgoing, Publisher, Sent
+from consumer.broker.publisher import ACKNOWLEDGED, NEW_TOPIC_S, Outgoing, Publisher, Sent
 from consumer.broker.source import Batch, Source
 
 __all__ = [
     "ACKNOWLEDGED",
     "CREATE_TOPICS",
+    "NEW_TOPIC_S",
     "Batch",
     "Cluster",
     "Connection",

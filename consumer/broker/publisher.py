@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ SEND_DEADLINE_S: Final = 10.0  # with PRODUCER_DEADLINE_S below idle_in_transact
 PRODUCER_DEADLINE_S: Final = 8.0  # inside a transaction
 TOPIC_DEADLINE_S: Final = 1.0  # for brokers to say whether a topic is there; a missing one must not hold up the others
 TOPIC_PAUSE_S: Final = 0.05
+NEW_TOPIC_S: Final = 5.0  # until every broker has learned of a topic that was just made
+NEW_TOPIC_PAUSE_S: Final = 0.2
 ABANDON_DEADLINE_S: Final = 0.5
 MAX_BATCH_BYTES: Final = 256 * 1024
 MAX_REQUEST_BYTES: Final = 16 * 1024 * 1024  # above any broker's usual limit: the broker decides what is too large
@@ -178,16 +181,23 @@ class Publisher:
             return _missing(topic)  # gone while we were sending
         return LATE if isinstance(error, TimeoutError) else Sent(type(error).__name__)
 
-    async def check(self, topics: Sequence[str]) -> list[str]:
-        """Those of `topics` that do not exist. Only at start: raises ConfigError when the brokers refuse us,
-        Unavailable when they cannot be reached.
+    async def check(self, topics: Sequence[str], *, patience_s: float = 0) -> list[str]:
+        """Those of `topics` that do not exist, also not after `patience_s`: each broker learns by itself, moments after
+        the others, of a topic that was just made. Raises ConfigError when the brokers refuse us, Unavailable when they
+        cannot be reached.
         """
+        deadline = time.monotonic() + patience_s
         async with refused_is_an_error(self._connection):
             producer = await self._ready()
         try:
-            async with asyncio.timeout(CALL_DEADLINE_S):
-                metadata = await producer.client.fetch_all_metadata()
-                return [topic for topic in topics if topic not in metadata.topics()]
+            while True:
+                async with asyncio.timeout(CALL_DEADLINE_S):
+                    metadata = await producer.client.fetch_all_metadata()
+                missing = [topic for topic in topics if topic not in metadata.topics()]
+                if not missing or time.monotonic() >= deadline:
+                    return missing
+                log.info("topics not there yet", topics=missing)
+                await asyncio.sleep(NEW_TOPIC_PAUSE_S)
         except (KafkaError, OSError, TimeoutError) as error:
             raise Unavailable("kafka", f"{type(error).__name__} while reading metadata") from error
 

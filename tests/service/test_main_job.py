@@ -13,6 +13,8 @@ import pytest
 from cloudevents.core.bindings.kafka import KafkaMessage, from_structured_event
 from cloudevents.core.formats.json import JSONFormat
 
+from consumer import broker
+from schemas.topics import Topics
 from tests.conftest import Bus, StartService, command, eventually
 from tests.servers import REPOSITORY
 from tests.world import (
@@ -324,6 +326,21 @@ async def test_wrong_settings_and_missing_things_are_all_listed_with_exit_code_2
     assert code == 2
     assert "public.accounts lacks display_name" in error
     assert "public.campaign_sender_accounts is missing" in error
+
+
+async def test_topics_that_appear_while_it_starts_are_waited_for(
+    service: StartService, environment: dict[str, str], bus: Bus, db: asyncpg.Connection
+) -> None:
+    names = Topics(f"late-{uuid4().hex[:8]}.")
+    running = await service(ready=False, topic_prefix=names.prefix)
+    await eventually(
+        lambda: any(line["event"] == "topics not there yet" for line in running.logs),
+        "it looked and found nothing",
+        running,
+    )
+    link = broker.Connection(bus.bootstrap, {})
+    await broker.create_topics(link, {name: {} for name in names.all}, partitions=3, replication=1)
+    await running.ready()
 
 
 async def test_the_service_runs_with_exactly_the_documented_rights_and_names_a_missing_one(
