@@ -1,0 +1,53 @@
+"""Random histories find nothing in the service as it is, and every deliberate mistake in a service that is not."""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from consumer.demo.servers import Postgres
+from tests.faults.arena import Arena
+from tests.faults.breakages import BREAKAGES, Breakage
+from tests.faults.machine import EXAMPLES, play, small_and_impatient
+from tests.faults.model import Violation
+
+SEED = int(os.environ.get("CAMPAIGN_STATS_FAULT_SEED", "1"))  # another one, for a longer search
+HEALTHY_EXAMPLES = 60
+
+
+@pytest.fixture(scope="module")
+def arena(postgres: Postgres) -> Iterator[Arena]:
+    """A database of this file's own."""
+    name = f"t{uuid4().hex[:12]}"
+
+    async def administrate(statement: str) -> None:
+        connection = await asyncpg.connect(postgres.url())
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    asyncio.run(administrate(f"CREATE DATABASE {name} TEMPLATE template_cs"))
+    one = Arena(postgres.url(name))
+    with small_and_impatient():
+        yield one
+    one.close()
+    asyncio.run(administrate(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+def test_the_service_as_it_is_keeps_every_promise(arena: Arena) -> None:
+    play(arena, SEED, HEALTHY_EXAMPLES, shrink=True)
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES, ids=[breakage.name for breakage in BREAKAGES])
+def test_a_deliberate_mistake_is_found(arena: Arena, breakage: Breakage) -> None:
+    with breakage.applied(arena), pytest.raises(Violation, match=breakage.finding):
+        play(arena, breakage.seed, EXAMPLES)
+
+
+def test_there_is_a_breakage_for_each_name() -> None:
+    names = [breakage.name for breakage in BREAKAGES]
+    assert len(names) == len(set(names)) >= 14
