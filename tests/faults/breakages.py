@@ -192,7 +192,7 @@ BREAKAGES: Final = (
         "in another order|does not come to rest",
         (
             Edit(
-                "consumer.relay:Relay.turn",
+                "consumer.relay:Relay._pass",
                 "        if rows:\n",
                 "        rows = [row for row in rows if row.id > getattr(self, 'last', 0)]\n"
                 "        self.last = max((row.id for row in rows), default=getattr(self, 'last', 0))\n"
@@ -207,7 +207,7 @@ BREAKAGES: Final = (
         "never acknowledged",
         (
             Edit(
-                "consumer.relay:Relay.turn",
+                "consumer.relay:Relay._pass",
                 "            if published or refused:\n                await db.finish_outbox(published, refused)\n",
                 "            await db.finish_outbox([row.id for row in rows], {})\n",
             ),
@@ -218,14 +218,21 @@ BREAKAGES: Final = (
         "An acknowledged row is deleted although its elder failed.",
         3,
         "in another order",
-        (Edit("consumer.relay:Relay.turn", "if row.campaign_id in stuck:", "if False:"),),
+        (Edit("consumer.relay:Relay._pass", "if (row.campaign_id, row.type) in stuck:", "if False:"),),
     ),
     Breakage(
         "set_aside_at_any_failure",
         "A row that failed for now is set aside as if it were refused for ever.",
         1,
         "set aside, but was not refused",
-        (Edit("consumer.relay:Relay.turn", "elif sent.refused and alone:", "elif alone:"),),
+        (Edit("consumer.relay:Relay._pass", "elif sent.refused:", "elif not sent.closed:"),),
+    ),
+    Breakage(
+        "closed_type_never_tried_again",
+        "A type whose topic was missing once is held back for ever.",
+        9,
+        "does not come to rest",
+        (Edit("consumer.relay:Relay.turn", "if hold.due <= time.monotonic()", "if False"),),
     ),
     Breakage(
         "no_shard_lock",

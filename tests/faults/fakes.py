@@ -21,8 +21,9 @@ PARTITIONS: tuple[Partition, ...] = ((HINTS, 0), (HINTS, 1), (REQUESTS, 0))
 CommitFate = Literal["accepted", "refused", "away", "unknown"]
 """`unknown`: accepted, but its answer was lost."""
 
-SendFate = Literal["acknowledged", "failed", "unheard", "away", "refused"]
-"""`unheard`: written, but its acknowledgement was lost. `away`: nobody is there. `refused`: for ever, if sent alone."""
+SendFate = Literal["acknowledged", "failed", "unheard", "away", "refused", "closed"]
+"""`unheard`: written, but its acknowledgement was lost. `away`: nobody is there. `refused`: for ever, for its size.
+`closed`: its topic takes nothing for as long as this call takes."""
 
 
 class Crash(BaseException):
@@ -128,7 +129,7 @@ class Sent:
 
     error: str | None = None
     refused: bool = False
-    too_large: bool = False
+    closed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +158,24 @@ class Topics:
     def _next(self) -> SendFate:
         return self.fates.pop(0) if self.fates else "acknowledged"
 
-    async def publish(self, rows: Sequence[tuple[str, UUID, bytes]], *, alone: bool) -> list[Sent]:
-        """As broker.Publisher promises it: `alone` stops at the first failure, only `alone` may refuse."""
+    async def publish(self, rows: Sequence[tuple[str, UUID, bytes]]) -> list[Sent]:
+        """As broker.Publisher, but that a row may arrive although an elder of its campaign failed: the relay does not
+        rely on that.
+        """
         results: list[Sent] = []
+        closed: set[str] = set()
         for place, (type_, campaign_id, event) in enumerate(rows):
             fate = self._next()
             if fate == "away" and place == 0:
                 raise Unavailable("kafka", "no broker")
             if fate == "refused" and event not in self._taken:  # what was taken once is not too large later
                 self.refused.add(event)
-            if event in self.refused:
-                results.append(Sent("too large", refused=alone))
+            if fate == "closed":
+                closed.add(type_)
+            if type_ in closed:
+                results.append(Sent("topic missing", closed=True))
+            elif event in self.refused:
+                results.append(Sent("too large", refused=True))
             elif fate in ("failed", "away", "refused"):
                 results.append(Sent("NotLeaderForPartitionError"))
             else:
@@ -178,11 +186,9 @@ class Topics:
                 else:
                     self.acknowledged.add(event)
                     results.append(Sent())
-            if alone and results[-1].error is not None and not results[-1].refused:
-                return results + [Sent("not tried")] * (len(rows) - len(results))
         return results
 
-    async def bury(self, rows: Sequence[Row], *, alone: bool) -> list[Sent]:
+    async def bury(self, rows: Sequence[Row]) -> list[Sent]:
         """Write dead letters; only a row that was acknowledged counts as kept."""
         results = []
         for _, _, headers in rows:

@@ -71,7 +71,7 @@ replicas = st.integers(0, REPLICAS - 1)
 owners_of = st.tuples(replicas, replicas, replicas)
 mostly = st.sampled_from((True, True, True, False))
 send_fates: st.SearchStrategy[list[SendFate]] = st.lists(
-    st.sampled_from(("acknowledged", "acknowledged", "failed", "unheard", "away", "refused")), max_size=4
+    st.sampled_from(("acknowledged", "acknowledged", "failed", "unheard", "away", "refused", "closed")), max_size=4
 )
 commit_fates: st.SearchStrategy[CommitFate] = st.sampled_from(
     ("accepted", "accepted", "accepted", "refused", "away", "unknown")

@@ -67,9 +67,11 @@ class Turn(Transaction):
         await self._probe.arrive(self.replica, "taken", self)
         return works
 
-    async def read_outbox(self, shards: Sequence[int], rows: int, size: int) -> list[Pending]:
+    async def read_outbox(
+        self, shards: Sequence[int], rows: int, size: int, types: Sequence[str] | None = None
+    ) -> list[Pending]:
         """The real one."""
-        found = await super().read_outbox(shards, rows, size)
+        found = await super().read_outbox(shards, rows, size, types)
         await self._probe.arrive(self.replica, "read", self)
         return found
 
