@@ -42,6 +42,7 @@ class Upstream:
         self._random = random.Random(seed)
         self._producer: Any = None
         self._db: asyncpg.Connection | None = None
+        self._changing, self._publishing = asyncio.Lock(), asyncio.Lock()  # one session, one producer, several callers
 
     async def campaigns(self, count: int, prospects: Mapping[str, int], **fields: Any) -> list[UUID]:
         """New campaigns, each with these prospects."""
@@ -69,28 +70,32 @@ class Upstream:
     ) -> None:
         """The same without a word; when the database is away, again until it is done once."""
         for campaign_id in campaigns:
-            wanted: list[UUID] | None = None
-            while True:
-                try:
-                    db = await self._session()
-                    if wanted is None:  # the same ones again, should the answer to the COMMIT be lost
-                        wanted = [
-                            row["id"]
-                            for row in await db.fetch(
-                                "SELECT id FROM campaign_prospects WHERE campaign_id = $1 AND status = $2 ORDER BY id"
-                                " LIMIT $3",
-                                campaign_id,
-                                of,
-                                prospects,
-                            )
-                        ]
-                    async with db.transaction():
-                        for prospect in wanted:
-                            await db.execute("SELECT update_prospect_with_stat($1, $2)", prospect, to_status)
-                    break
-                except AWAY:
-                    self._end_session()
-                    await asyncio.sleep(PAUSE_S)
+            async with self._changing:
+                await self._move(campaign_id, to_status, of, prospects)
+
+    async def _move(self, campaign_id: UUID, to_status: str, of: str, prospects: int) -> None:
+        wanted: list[UUID] | None = None
+        while True:
+            try:
+                db = await self._session()
+                if wanted is None:  # the same ones again, should the answer to the COMMIT be lost
+                    wanted = [
+                        row["id"]
+                        for row in await db.fetch(
+                            "SELECT id FROM campaign_prospects WHERE campaign_id = $1 AND status = $2 ORDER BY id"
+                            " LIMIT $3",
+                            campaign_id,
+                            of,
+                            prospects,
+                        )
+                    ]
+                async with db.transaction():
+                    for prospect in wanted:
+                        await db.execute("SELECT update_prospect_with_stat($1, $2)", prospect, to_status)
+                return
+            except AWAY:
+                self._end_session()
+                await asyncio.sleep(PAUSE_S)
 
     async def request(self, campaigns: Sequence[UUID], **data: Any) -> None:
         """Ask for a recount of each."""
@@ -107,7 +112,10 @@ class Upstream:
 
     async def publish(self, records: Sequence[tuple[str, str, dict[str, Any] | bytes]]) -> None:
         """Send (topic, key, value) until each is acknowledged; some may so be there twice."""
-        waiting = list(records)
+        async with self._publishing:
+            await self._publish(list(records))
+
+    async def _publish(self, waiting: list[tuple[str, str, dict[str, Any] | bytes]]) -> None:
         while waiting:
             futures = []
             try:
@@ -144,7 +152,11 @@ class Upstream:
 
     async def _connected(self) -> asyncpg.Connection:
         db = await asyncpg.connect(self._database_url, timeout=5, command_timeout=30)
-        await db.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
+        try:
+            await db.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
+        except BaseException:
+            db.terminate()
+            raise
         return db
 
     async def _ready(self) -> Any:
