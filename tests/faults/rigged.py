@@ -16,6 +16,11 @@ from contextvars import ContextVar
 from typing import Any, Final
 from uuid import uuid4
 
+from consumer.__main__ import stop_is_no_failure
+
+if __name__ == "__main__":
+    stop_is_no_failure()  # as early as the real one
+
 import orjson
 
 from consumer import cli, database, health, migrations, outcome, questions, redrive, repairs, replay

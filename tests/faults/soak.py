@@ -26,7 +26,7 @@ from consumer import migrations
 from consumer.demo.servers import Postgres, free_port
 from tests.conftest import RunningService, eventually
 from tests.faults.proxy import Proxy
-from tests.faults.stage import SEED, Grid, Stage, stage
+from tests.faults.stage import SEED, Grid, Stage, has_begun, stage
 from tests.servers import java_available
 
 ROUND_FAULTS: Final = 4
@@ -64,6 +64,7 @@ class Soak:
     async def terminate(self) -> None:
         """SIGTERM; 3 is right where an outage keeps it from finishing."""
         one = await self.somebody()
+        await has_begun(one)
         one.expected_exit = None
         one.terminate()
         code = await one.wait(30)
@@ -164,6 +165,17 @@ async def read(one: Soak) -> Reading:
     )
 
 
+async def swept(one: Soak) -> None:
+    """Wait until a sweep that began after now is over: what nobody told is found then."""
+    db = await asyncpg.connect(one.stage.url)
+    try:
+        now = await db.fetchval("SELECT clock_timestamp()")
+        over = "SELECT lap_started > $1 AND lap_finished > lap_started FROM campaign_stats.sweep"
+        await eventually(lambda: db.fetchval(over, now), "a whole sweep", one.steady, timeout_s=60)
+    finally:
+        await db.close()
+
+
 async def one_round(one: Soak, number: int) -> tuple[list[str], list[str], Reading, int]:
     """Faults under load, quiet, check: the faults' names, the problems, a reading, how many hints."""
     one.random = random.Random(f"{SEED}:{number}")
@@ -188,6 +200,8 @@ async def one_round(one: Soak, number: int) -> tuple[list[str], list[str], Readi
     finally:
         stop.set()
         await asyncio.wait_for(work, 120)
+    if Soak.somebody_edits in chosen:
+        await swept(one)
     findings = await one.stage.settled_and_checked(paused=one.bouncing)
     await one.steady.ready()
     return (

@@ -1,6 +1,7 @@
 """One scenario: servers, a database and topics of its own, an upstream, replicas of the service, a checker."""
 
 import os
+import signal
 import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -165,6 +166,17 @@ class Stage:
         findings = await self.check(paused=paused, untold=untold)
         findings.must(late is None, f"never quiet: {late}")
         return findings
+
+
+async def has_begun(one: RunningService) -> None:
+    """Wait until its own code runs; before that, the interpreter is on its way up and a signal is the system's."""
+
+    def handles_sigterm() -> bool:
+        with open(f"/proc/{one.process.pid}/status") as status:
+            [caught] = [int(line.split()[1], 16) for line in status if line.startswith("SigCgt")]
+        return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+    await eventually(handles_sigterm, "our code has begun", one)
 
 
 @asynccontextmanager
