@@ -25,6 +25,7 @@ from consumer.errors import Unavailable
 
 SEND_DEADLINE_S: Final = 10.0  # with PRODUCER_DEADLINE_S below idle_in_transaction_session_timeout: the relay sends
 PRODUCER_DEADLINE_S: Final = 8.0  # inside a transaction
+IDLE_S: Final = 5.0  # a connection that went dead while it was idle would cost the next send its whole deadline
 TOPIC_DEADLINE_S: Final = 1.0  # for brokers to say whether a topic is there; a missing one must not hold up the others
 TOPIC_PAUSE_S: Final = 0.05
 NEW_TOPIC_S: Final = 5.0  # until every broker has learned of a topic that was just made
@@ -222,6 +223,7 @@ class Publisher:
                 max_batch_size=MAX_BATCH_BYTES,
                 max_request_size=MAX_REQUEST_BYTES,
                 request_timeout_ms=int(SEND_DEADLINE_S * 1000),
+                connections_max_idle_ms=int(IDLE_S * 1000),
             )
             be_impatient(producer.client)
             requests = _Requests(producer._sender)
