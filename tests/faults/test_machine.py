@@ -14,8 +14,9 @@ from tests.faults.breakages import BREAKAGES, Breakage
 from tests.faults.machine import EXAMPLES, play, small_and_impatient
 from tests.faults.model import Violation
 
-SEED = int(os.environ.get("CAMPAIGN_STATS_FAULT_SEED", "1"))  # another one, for a longer search
-HEALTHY_EXAMPLES = 60
+IS_WHOLE = os.environ.get("CAMPAIGN_STATS_FAULTS") == "all"
+SEED = int(os.environ["CAMPAIGN_STATS_FAULT_SEED"]) if IS_WHOLE else 1  # `make faults` looks for what is new
+HEALTHY_EXAMPLES = 300 if IS_WHOLE else 40
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +40,13 @@ def arena(postgres: Postgres) -> Iterator[Arena]:
 
 
 def test_the_service_as_it_is_keeps_every_promise(arena: Arena) -> None:
+    """Random histories of crashes, lost sessions, rebalances, failing sends and jumping clocks find nothing"""
     play(arena, SEED, HEALTHY_EXAMPLES, shrink=True)
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES, ids=[breakage.name for breakage in BREAKAGES])
 def test_a_deliberate_mistake_is_found(arena: Arena, breakage: Breakage) -> None:
+    """Breakage found by random histories"""
     with breakage.applied(arena), pytest.raises(Violation, match=breakage.finding):
         play(arena, breakage.seed, EXAMPLES)
 

@@ -118,8 +118,9 @@ async def test_silence_of_the_group_while_one_joins_under_a_backlog(
             assert left > 0, "the backlog was over before the other one joined: nothing was measured"
             measured.append(silence.longest(begin, joined))
             assert (await one.check()).problems == []
-    record_property("measured", f"silent for {sorted(measured)[1]:.2f} s [{min(measured):.2f}-{max(measured):.2f}]")
-    assert min(measured) <= SILENCE_GOAL_S
+    median = sorted(measured)[1]
+    record_property("measured", f"silent for {median:.2f} s [{min(measured):.2f}-{max(measured):.2f}]")
+    assert median <= SILENCE_GOAL_S
 
 
 async def test_a_revocation_in_the_middle_of_a_chunk(grid: Grid, postgres: Postgres) -> None:
