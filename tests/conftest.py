@@ -375,9 +375,11 @@ async def service(environment: dict[str, str]) -> AsyncIterator[StartService]:
     """Starts the service as a process; settings by keyword in lower case without prefix. Ended by SIGTERM, exit 0."""
     running: list[RunningService] = []
 
-    async def start(*arguments: str, ready: bool = True, **settings: object) -> RunningService:
+    async def start(
+        *arguments: str, ready: bool = True, module: str = "consumer", **settings: object
+    ) -> RunningService:
         names = {f"CAMPAIGN_STATS_{name.upper()}": str(value) for name, value in settings.items()}
-        one = await start_service({**environment, **names}, *arguments)
+        one = await start_service({**environment, **names}, *arguments, module=module)
         running.append(one)
         if ready:
             await one.ready()

@@ -1,39 +1,18 @@
-"""Ways to break the service on purpose, each with a seed whose histories find it.
+"""The mistakes that the state machine must find, each with a seed whose histories find it.
 
-A breakage replaces text: of a function, of a statement in sql/, or of a function in the database. Text that is not
-there exactly once is an error, so none of these outlives the code it breaks. After a change of the machine or of
-hypothesis a seed may find nothing any more: `python -m tests.faults.machine NAME` looks for another.
+After a change of the machine or of hypothesis a seed may find nothing any more: `python -m tests.faults.machine NAME`
+looks for another.
 """
 
-import inspect
-import sys
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import reduce
-from types import FunctionType
 from typing import Final
 
-from consumer import database
 from tests.faults.arena import Arena
+from tests.faults.edits import Edit, broken, is_in_this_process
 
 RECALCULATE: Final = "campaign_stats.recalculate_campaign_stats(uuid[], text)"
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """In `place`, `old` becomes `new`. A place: `module:qualified.name`, `name.sql`, or `function(types)`."""
-
-    place: str
-    old: str
-    new: str
-
-    def of(self, text: str) -> str:
-        """The edited text."""
-        if text.count(self.old) != 1:
-            raise AssertionError(f"{self.place} does not hold once: {self.old}")
-        return text.replace(self.old, self.new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,59 +28,19 @@ class Breakage:
     @contextmanager
     def applied(self, arena: Arena) -> Iterator[None]:
         """The service is broken inside, and whole again afterwards."""
+        inside = [edit for edit in self.edits if is_in_this_process(edit)]
         with ExitStack() as undo:
-            for place in dict.fromkeys(edit.place for edit in self.edits):
-                edits = [edit for edit in self.edits if edit.place == place]
-                if ":" in place:
-                    undo.enter_context(_function(place, edits))
-                elif place.endswith(".sql"):
-                    undo.enter_context(_statement(place, edits))
-                else:
-                    undo.enter_context(_database_function(place, edits, arena))
+            undo.enter_context(broken(inside))
+            for edit in self.edits:
+                if edit not in inside:
+                    undo.enter_context(_database_function(edit, arena))
             yield
 
 
-def _edited(text: str, edits: Sequence[Edit]) -> str:
-    return reduce(lambda so_far, edit: edit.of(so_far), edits, text)
-
-
 @contextmanager
-def _function(place: str, edits: Sequence[Edit]) -> Iterator[None]:
-    """The code inside the function changes, so that everybody who imported it has the broken one."""
-    module_name, _, path = place.partition(":")
-    module = sys.modules[module_name]
-    found: object = reduce(getattr, path.split("."), module)
-    function = inspect.unwrap(found) if callable(found) else found
-    assert isinstance(function, FunctionType)
-    made: dict[str, object] = {}
-    source = textwrap.dedent(inspect.getsource(function))
-    code = compile(_edited(source, edits), f"<broken {path}>", "exec")
-    exec(code, vars(module), made)
-    broken = made[path.rpartition(".")[2]]
-    broken = inspect.unwrap(broken) if callable(broken) else broken
-    assert isinstance(broken, FunctionType)
-    whole, function.__code__ = function.__code__, broken.__code__
-    try:
-        yield
-    finally:
-        function.__code__ = whole
-
-
-@contextmanager
-def _statement(place: str, edits: Sequence[Edit]) -> Iterator[None]:
-    whole, name = database.statement, place.removesuffix(".sql")
-    broken = _edited(whole(name), edits)
-    setattr(database, "statement", lambda wanted: broken if wanted == name else whole(wanted))  # noqa: B010  # cached
-    try:
-        yield
-    finally:
-        setattr(database, "statement", whole)  # noqa: B010
-
-
-@contextmanager
-def _database_function(place: str, edits: Sequence[Edit], arena: Arena) -> Iterator[None]:
-    whole = arena.run(arena.observer.fetchval("SELECT pg_get_functiondef($1::text::regprocedure)", place))
-    arena.run(arena.observer.execute(_edited(whole, edits)))
+def _database_function(edit: Edit, arena: Arena) -> Iterator[None]:
+    whole = arena.run(arena.observer.fetchval("SELECT pg_get_functiondef($1::text::regprocedure)", edit.place))
+    arena.run(arena.observer.execute(edit.of(whole)))
     try:
         yield
     finally:

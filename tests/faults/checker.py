@@ -69,7 +69,7 @@ async def read_all(bootstrap: str, topics: Sequence[str]) -> list[Any]:
 
 
 async def lag(bootstrap: str, group: str, topics: Sequence[str]) -> int:
-    """How many records of the topics the group has not committed."""
+    """How many records lie between what the group has committed and the ends, also where it is beyond an end."""
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
     consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)
     await admin.start()
@@ -82,7 +82,7 @@ async def lag(bootstrap: str, group: str, topics: Sequence[str]) -> int:
         ends = await consumer.end_offsets(partitions)
         committed = await admin.list_consumer_group_offsets(group)
         done = {partition: max(0, committed[partition].offset) for partition in partitions if partition in committed}
-        return sum(ends[partition] - done.get(partition, 0) for partition in partitions)
+        return sum(abs(ends[partition] - done.get(partition, 0)) for partition in partitions)
     finally:
         await consumer.stop()
         await admin.close()

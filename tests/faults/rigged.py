@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
 from uuid import uuid4
@@ -37,6 +37,7 @@ from consumer.pipeline import Pipeline
 from consumer.reconcile import Sweep
 from consumer.relay import Relay
 from consumer.service import Service
+from tests.faults.edits import Edit, broken
 
 POINTS: Final = (
     "after poll",
@@ -84,8 +85,16 @@ def passed(point: str) -> None:
         os.kill(os.getpid(), int(os.environ.get("FAULT_SIGNAL", signal.SIGKILL)))
 
 
+_edits = ExitStack()  # never left
+
+
 def _replace(owner: Any, name: str, other: object) -> None:
     setattr(owner, name, other)
+
+
+def _edit(place: str, old: str, new: str) -> None:
+    """For as long as the process lasts."""
+    _edits.enter_context(broken([Edit(place, old, new)]))
 
 
 def _around(
@@ -420,6 +429,25 @@ def replay_goes_where_it_is_told() -> None:
     _replace(replay, "planned", broken)
 
 
+def a_position_that_moved_back_is_kept() -> None:
+    """Where a log was cut off, the group's offset stays behind its end."""
+    _edit("consumer.broker.source:Source._notice_moves", "position == self._next.get(partition)", "position < 10**9")
+
+
+def letters_lose_their_headers() -> None:
+    """A dead letter keeps key and value of its record only."""
+    _edit(
+        "consumer.deadletters:_row",
+        "dead_letter_headers(record, letter, now)",
+        "dead_letter_headers(record, letter, now)[-6:]",
+    )
+
+
+def one_letter_of_many_is_dropped() -> None:
+    """Of a batch of dead letters one is taken for kept that was never sent."""
+    _edit("consumer.deadletters:DeadLetters.records", "letters[:AT_ONCE]]", "letters[:AT_ONCE]][:AT_ONCE - 1]")
+
+
 BREAKAGES: Final[Mapping[str, Callable[[], None]]] = {
     breakage.__name__: breakage
     for breakage in (
@@ -440,6 +468,9 @@ BREAKAGES: Final[Mapping[str, Callable[[], None]]] = {
         version_is_a_plain_counter,
         sent_back_without_a_mark,
         replay_goes_where_it_is_told,
+        a_position_that_moved_back_is_kept,
+        letters_lose_their_headers,
+        one_letter_of_many_is_dropped,
     )
 }
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -251,6 +252,28 @@ def check_answers(items: Sequence[Item], told: Sequence[dict[str, Any]], rejecte
 
 SHORT: Final = (4, Scale(2_500, flipped=4, keyed=2, bombs=1, large=1, swollen=12))
 LONG: Final = (4, Scale(25_000, flipped=20, keyed=6, bombs=4, large=1, swollen=24))
+
+
+@pytest.mark.faults
+@pytest.mark.apache_kafka
+@pytest.mark.parametrize(
+    ("breakage", "due"),
+    [("letters_lose_their_headers", "other headers: "), ("one_letter_of_many_is_dropped", "lost: ")],
+)
+async def test_the_same_garbage_finds_a_service_that_is_broken(
+    service: StartService,
+    environment: dict[str, str],
+    kafka: ApacheKafka,
+    db: asyncpg.Connection,
+    breakage: str,
+    due: str,
+) -> None:
+    """Breakage found by bad input"""
+    environment["FAULT_BREAKAGE"] = breakage
+    with pytest.raises(AssertionError, match=due):
+        await test_garbage_is_kept_good_records_are_served_memory_stays_flat_and_no_partition_stops(
+            partial(service, module="tests.faults.rigged"), environment, kafka, db, *SHORT
+        )
 
 
 @pytest.mark.apache_kafka

@@ -205,13 +205,10 @@ def elect_uncleanly(bootstrap: str) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.faults
-async def test_an_unclean_election_costs_nothing_that_a_sweep_and_a_reconcile_do_not_bring_back(
-    servers_directory: Path, postgres: Postgres
-) -> None:
-    """An unclean leader election cuts off hints, news and pauses; sweep, then `reconcile --all --now`."""
+async def cut_off(directory: Path, postgres: Postgres, breakage: str = "") -> None:
+    """What is written lost its end by an unclean election; AssertionError for what does not hold."""
     impatient = {"broker.session.timeout.ms": "3000", "broker.heartbeat.interval.ms": "500"}
-    grid = Grid(servers_directory / "unclean", impatient, controllers=(1,))
+    grid = Grid(directory, impatient, controllers=(1,))
     try:
         grid.start()
         leader, follower = grid.cluster.nodes[2], grid.cluster.nodes[3]
@@ -219,7 +216,7 @@ async def test_an_unclean_election_costs_nothing_that_a_sweep_and_a_reconcile_do
             upstream = one.upstream
             told, unheard, later = [await upstream.campaigns(6, {"pending": 50, "sent": 5}) for _ in range(3)]
             bouncing = await upstream.campaigns(2, HEALTHY)
-            running = await one.replica(sweep_interval_s=1)
+            running = await one.replica(sweep_interval_s=1, breakage=breakage)
             await upstream.change([*told, *unheard, *later, *bouncing], "sent")
             await upstream.babble(2)
             assert (await one.settled_and_checked()).problems == []
@@ -269,6 +266,23 @@ async def test_an_unclean_election_costs_nothing_that_a_sweep_and_a_reconcile_do
             assert running.process.returncode is None
     finally:
         grid.stop()
+
+
+@pytest.mark.faults
+async def test_an_unclean_election_costs_nothing_that_a_sweep_and_a_reconcile_do_not_bring_back(
+    servers_directory: Path, postgres: Postgres
+) -> None:
+    """An unclean leader election cuts off hints, news and pauses; sweep, then `reconcile --all --now`."""
+    await cut_off(servers_directory / "unclean", postgres)
+
+
+@pytest.mark.faults
+async def test_a_position_behind_the_end_is_found_by_an_unclean_election(
+    servers_directory: Path, postgres: Postgres
+) -> None:
+    """Breakage found by an unclean election [a_position_that_moved_back_is_kept]"""
+    with pytest.raises(AssertionError, match="all is quiet"):
+        await cut_off(servers_directory / "unclean-broken", postgres, "a_position_that_moved_back_is_kept")
 
 
 async def _answered(one: Stage) -> bool:

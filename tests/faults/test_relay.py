@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -32,6 +33,7 @@ from consumer.relay import TURN_ROWS, Relay
 from schemas.events import PAUSED, STATS_UPDATED
 from schemas.topics import Topics
 from tests.conftest import Bus, eventually
+from tests.faults.edits import Edit, broken
 from tests.faults.stage import SLACK
 from tests.servers import ApacheKafka, kafka_jars
 
@@ -406,3 +408,65 @@ async def test_a_right_that_is_taken_away_holds_up_its_topic_only_and_all_follow
     assert await outbox.set_aside() == 0
     await outbox.assert_published_in_order(bus)
     await outbox.assert_published_in_order(bus, PAUSED)
+
+
+A_MISSING_TOPIC_IS_A_FAILURE = Edit("consumer.relay:Relay._pass", "if sent.closed or row.type == probe:", "if False:")
+A_LOST_RIGHT_IS_A_FAILURE = Edit(
+    "consumer.broker.publisher:Publisher._failed", "isinstance(error, TopicAuthorizationFailedError)", "False"
+)
+NO_HALVES = Edit("consumer.broker.publisher:Publisher._attempt", "if len(batch.places) > 1:", "if False:")
+NO_ELDER_FIRST = Edit("consumer.broker.publisher:_Requests._tracked", "self._broken & batches.keys()", "()")
+NO_DEADLINE = Edit("consumer.broker.publisher:Publisher.publish", "+ SEND_DEADLINE_S", "+ 60")
+NO_SHARD_LOCK = Edit("relay_lock.sql", "FOR UPDATE OF s SKIP LOCKED", "")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("edit", "test", "due"),
+    [
+        (A_MISSING_TOPIC_IS_A_FAILURE, "missing", "published: campaign.stats_updated"),
+        (NO_HALVES, "too large", "== 1"),
+        (NO_ELDER_FIRST, "too large", r"list\(found"),
+        (NO_DEADLINE, "stalls", "lock timeout|< 12|in time"),
+        (A_LOST_RIGHT_IS_A_FAILURE, "right lost", "published: campaign.stats_updated"),
+        (NO_SHARD_LOCK, "five at once", "== 100000"),
+    ],
+    ids=[
+        "a missing topic is a failure", "no halves", "no elder first", "no deadline", "a lost right is a failure",
+        "no shard lock",
+    ],
+)  # fmt: skip
+async def test_the_same_troubles_find_a_relay_that_is_broken(
+    edit: Edit,
+    test: str,
+    due: str,
+    database_url: str,
+    strict: Strict,
+    bus: Bus,
+    outbox: Outbox,
+    db: asyncpg.Connection,
+) -> None:
+    """Breakage found by the relay's troubles"""
+    troubles = {
+        "missing": partial(
+            test_rows_of_a_missing_topic_let_those_of_others_pass_and_follow_when_it_is_back,
+            database_url, bus, outbox, is_running=False,
+        ),
+        "too large": partial(
+            test_one_row_that_is_too_large_is_set_aside_and_thousands_behind_it_go_out_in_batches,
+            database_url, bus, outbox,
+        ),
+        "stalls": partial(
+            test_a_broker_that_accepts_and_never_answers_keeps_rows_and_gives_the_shards_back_in_time,
+            database_url, strict, bus, outbox, db,
+        ),
+        "right lost": partial(
+            test_a_right_that_is_taken_away_holds_up_its_topic_only_and_all_follows_when_it_is_back,
+            database_url, strict, bus, outbox,
+        ),
+        "five at once": partial(
+            test_a_large_backlog_is_drained_in_order_and_in_little_memory, database_url, bus, outbox, relays=5
+        ),
+    }  # fmt: skip
+    with broken([edit]), pytest.raises((AssertionError, asyncpg.PostgresError), match=due):
+        await troubles[test]()
