@@ -55,5 +55,7 @@ def test_a_deliberate_mistake_is_found(arena: Arena, breakage: Breakage) -> None
 
 def test_every_breakage_is_listed_with_its_seed() -> None:
     """The list of breakages and seeds in tests/service/README.md"""
-    listed = re.findall(r"^\| `(\w+)` \| .* \| (\d+) \|$", (REPOSITORY / "tests/service/README.md").read_text(), re.M)
+    listed = re.findall(
+        r"^\| `(\w+)` \| .* \| (\d+) \|$", (REPOSITORY / "tests/service/README.md").read_text(), re.MULTILINE
+    )
     assert listed == [(breakage.name, str(breakage.seed)) for breakage in BREAKAGES]
