@@ -279,7 +279,10 @@ async def test_the_same_garbage_finds_a_service_that_is_broken(
 @pytest.mark.apache_kafka
 @pytest.mark.parametrize(
     ("waves", "scale"),
-    [pytest.param(*SHORT, id="10000"), pytest.param(*LONG, id="100000", marks=pytest.mark.faults)],
+    [
+        pytest.param(*SHORT, id="10000", marks=pytest.mark.short),
+        pytest.param(*LONG, id="100000", marks=pytest.mark.faults),
+    ],
 )
 async def test_garbage_is_kept_good_records_are_served_memory_stays_flat_and_no_partition_stops(
     service: StartService,

@@ -71,7 +71,7 @@ async def backlog(one: Stage, hints: int, campaigns: int) -> None:
 @pytest.mark.parametrize(
     ("hints", "campaigns"),
     [
-        pytest.param(20_000, 500, id="20 000 hints"),
+        pytest.param(20_000, 500, id="20 000 hints", marks=pytest.mark.short),
         pytest.param(200_000, 3_000, id="200 000 hints", marks=pytest.mark.faults),
     ],
 )
@@ -186,9 +186,8 @@ POINTS = (
 @pytest.mark.parametrize(
     "points",
     [
-        pytest.param(("in chunk", "before offsets"), id="two points"),
-        pytest.param(POINTS[:3], id="a", marks=pytest.mark.faults),
-        pytest.param(POINTS[3:6], id="b", marks=pytest.mark.faults),
+        pytest.param(("in chunk", "before offsets"), id="two points", marks=pytest.mark.short),
+        pytest.param(POINTS, id="seven points", marks=pytest.mark.faults),
     ],
 )
 async def test_a_frozen_member_comes_back(
