@@ -118,15 +118,27 @@ def statement(name: str) -> str:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Raise Unavailable for what design section 6 calls an outage of the database; everything else goes through."""
+    """Raise Unavailable for what design section 6 calls an outage of the database; everything else goes through.
+
+    A task that is being cancelled stays so: the ROLLBACK on its way out may find its session lost, and that error would
+    hide the cancellation.
+    """
     try:
         yield
     except asyncpg.PostgresError as error:
+        _cancelled_first(error)
         if is_outage(error.sqlstate):
             raise Unavailable("database", f"{type(error).__name__} ({error.sqlstate})") from error
         raise
     except LOST as error:
+        _cancelled_first(error)
         raise Unavailable("database", f"{type(error).__name__}") from error
+
+
+def _cancelled_first(error: BaseException) -> None:
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError from error
 
 
 @contextmanager

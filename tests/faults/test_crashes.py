@@ -1,6 +1,9 @@
 """SIGKILL at every step of the way: nothing is lost, nothing is invented, whoever comes next repeats it harmlessly."""
 
 import asyncio
+import itertools
+import random
+from collections.abc import Callable
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -10,7 +13,7 @@ from consumer.demo.servers import Postgres
 from tests.conftest import RunningService, eventually
 from tests.faults.checker import Findings
 from tests.faults.rigged import POINTS
-from tests.faults.stage import Grid, Stage, stage
+from tests.faults.stage import SEED, Grid, Stage, stage
 from tests.world import hint
 
 pytestmark = pytest.mark.apache_kafka
@@ -98,3 +101,40 @@ async def test_the_same_kills_find_a_service_that_is_broken(grid: Grid, postgres
     results = await asyncio.gather(*(one(breakage, point) for breakage, point, _ in BROKEN))
     for (breakage, point, due), problems in zip(BROKEN, results, strict=True):
         assert any(problem.startswith(tuple(due.split("|"))) for problem in problems), (breakage, point, problems)
+
+
+@pytest.mark.faults
+async def test_kills_at_random_moments_under_load(
+    grid: Grid, postgres: Postgres, record_property: Callable[[str, object], None]
+) -> None:
+    """SIGKILL of one of three replicas at fifteen random moments under load"""
+    async with stage(grid, postgres, partitions=6) as one:
+        campaigns = await one.upstream.campaigns(100, {"pending": 100})
+        bouncing = await one.upstream.campaigns(15, {"pending": 5, "sent": 200, "bounced": 20})
+        replicas = [await one.replica() for _ in range(3)]
+        stop = asyncio.Event()
+
+        async def load() -> None:
+            choose = random.Random(f"{SEED}:load")
+            for turn in itertools.count():
+                if stop.is_set():
+                    return
+                some = choose.sample(campaigns, 20)
+                await one.upstream.change([*some, *bouncing[turn : turn + 1]], "sent")
+                await one.upstream.request(some[:2])
+                await one.upstream.babble(1)
+
+        dice = random.Random(f"{SEED}:kills")
+        work = asyncio.create_task(load())
+        try:
+            for _ in range(15):
+                await asyncio.sleep(dice.uniform(0.2, 3))
+                replicas.pop(dice.randrange(len(replicas))).kill()
+                replicas.append(await one.replica(ready=False))
+        finally:
+            stop.set()
+            await work
+        await one.upstream.change([*campaigns, *bouncing], "sent")  # the last word on each
+        findings = await one.settled_and_checked(paused=bouncing)
+        record_property("measured", f"{one.upstream.records} records, {len(findings.told)} events told")
+        assert findings.problems == []

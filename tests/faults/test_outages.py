@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,15 +238,19 @@ async def postgres_full(at: Site, seconds: float) -> float:
 async def postgres_frozen(at: Site, seconds: float) -> float:
     """Every process of it stopped by SIGSTOP, and thawed."""
     async with at.busy():
-        frozen = [psutil.Process(at.server.pid), *psutil.Process(at.server.pid).children()]
+        server = psutil.Process(at.server.pid)
+        server.send_signal(signal.SIGSTOP)  # first, so that it starts no more of the others
+        frozen = [server, *server.children()]
         for process in frozen:
-            process.send_signal(signal.SIGSTOP)
+            with suppress(psutil.NoSuchProcess):  # an autovacuum worker may just have ended
+                process.send_signal(signal.SIGSTOP)
         try:
             async with at.quiet(seconds):
                 await at.until_degraded("database")
         finally:
             for process in frozen:
-                process.send_signal(signal.SIGCONT)
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGCONT)
         return time.monotonic()
 
 
