@@ -31,6 +31,7 @@ COMMAND_DEADLINE_S: Final = (
     35.0  # statement_timeout plus the time its answer may take; beyond it the connection is dead
 )
 ACQUIRE_DEADLINE_S: Final = 10.0
+ANSWER_DEADLINE_S: Final = 5.0  # for what a server answers at once: a session that went dead is noticed this soon
 SESSION: Final = {
     "application_name": "campaign-stats",
     "row_security": "off",  # filtered rows would silently count every campaign to zero; now it is an error
@@ -220,10 +221,17 @@ class Database:
         try:
             with translated():
                 async with self._pool.acquire(timeout=ACQUIRE_DEADLINE_S) as connection:
-                    yield connection
+                    try:
+                        yield connection
+                    except TimeoutError:
+                        connection.terminate()  # else giving it back waits once more for the same silent server
+                        raise
         except Unavailable as error:
-            if isinstance(error.__cause__, asyncpg.PostgresError) and error.__cause__.sqlstate in STALE_POOL:
-                await self._pool.expire_connections()
+            cause = error.__cause__
+            if isinstance(cause, TimeoutError) or (
+                isinstance(cause, asyncpg.PostgresError) and cause.sqlstate in STALE_POOL
+            ):
+                await self._pool.expire_connections()  # the others are of the same time
             raise
 
     @asynccontextmanager
@@ -232,8 +240,19 @@ class Database:
 
         Raises Unavailable for an outage; after one on COMMIT the result is unknown: repeat the whole, it is idempotent.
         """
-        async with self.connection() as connection, connection.transaction():
-            yield Transaction(connection)
+        async with self.connection() as connection:
+            transaction = connection.transaction()
+            async with asyncio.timeout(ANSWER_DEADLINE_S):
+                await transaction.start()
+            try:
+                yield Transaction(connection)
+            except TimeoutError:  # no ROLLBACK: it would wait as long again
+                raise
+            except BaseException:
+                await transaction.rollback()
+                raise
+            else:
+                await transaction.commit()
 
     async def check_reachable(self) -> None:
         """Raises ConfigError when DATABASE_URL can never work as it is, Unavailable when no session can be had now."""
@@ -263,12 +282,12 @@ class Database:
 
     async def backlog(self) -> Backlog:
         """What waits in our tables."""
-        async with self.connection() as connection:
+        async with self.connection() as connection, asyncio.timeout(ANSWER_DEADLINE_S):
             return Backlog(**dict(await _one(connection, statement("backlog"))))
 
     async def next_due_s(self) -> float | None:
         """Seconds until a deferred row is due, negative when one waits already, None when there is none."""
-        async with self.connection() as connection:
+        async with self.connection() as connection, asyncio.timeout(ANSWER_DEADLINE_S):
             seconds: float | None = await connection.fetchval(statement("next_due"))
             return seconds
 
@@ -445,6 +464,11 @@ class Transaction:
         else:
             found = await self._connection.fetch(statement("relay_read_types"), shards, rows, size, types)
         return [Pending(row["id"], row["campaign_id"], row["type"], row["event"]) for row in found]
+
+    async def has_outbox(self, event_type: str) -> bool:
+        """Whether anything of this type is still to be published."""
+        found: bool = await self._connection.fetchval(statement("relay_has"), event_type)
+        return found
 
     async def finish_outbox(self, published: Sequence[int], refused: Mapping[int, str]) -> None:
         """Delete what was acknowledged, set aside what can never be sent (id -> why)."""

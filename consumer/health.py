@@ -9,7 +9,7 @@ from typing import Final, Literal, TypeVar
 
 import structlog
 
-from consumer.errors import Unavailable
+from consumer.errors import ServiceError, Unavailable
 
 T = TypeVar("T")
 Dependency = Literal["database", "kafka", "relay"]
@@ -93,6 +93,9 @@ class Health:
                     raise
                 await asyncio.sleep(backoff_s(tries))
                 tries += 1
+            except ServiceError:  # an answer too, such as partitions taken away meanwhile: nobody waits any more
+                self.recovered(who)
+                raise
             else:
                 self.recovered(who)
                 return result

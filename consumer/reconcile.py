@@ -135,15 +135,20 @@ class Sweep:
         return True
 
     async def _compared(self, db: Transaction, after: UUID | None) -> tuple[Sequence[Compared], UUID | None]:
-        """A page, smaller where campaigns are so large that it takes too long; its last id, None when the lap ends."""
+        """A page, smaller where it takes too long or fails; its last id, None when the lap ends."""
         while True:
             try:
                 async with db.savepoint():
                     compared = await db.sweep_page(after, self._campaigns)
-            except TooSlow:
+            except Unavailable:
+                raise
+            except Exception as error:
+                # Too large, or rows that cannot be read: it must not keep the sweep, and every replica, from the others.
                 if self._campaigns == 1:  # only its own recount can tell whether it is right
                     skipped = await db.sweep_next(after)
-                    log.error("campaign too large to compare, left out of this lap", campaign=str(skipped))
+                    log.error(
+                        "campaign cannot be compared, left out of this lap", campaign=str(skipped), **described(error)
+                    )
                     return [], skipped
                 self._campaigns = max(1, self._campaigns // 8)
             else:

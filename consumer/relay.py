@@ -58,6 +58,7 @@ class Transaction(Protocol):
         self, shards: Sequence[int], rows: int, size: int, types: Sequence[str] | None
     ) -> Sequence[Row]: ...
     async def finish_outbox(self, published: Sequence[int], refused: Mapping[int, str]) -> None: ...
+    async def has_outbox(self, event_type: str) -> bool: ...
 
 
 class Store(Protocol):
@@ -149,7 +150,9 @@ class Relay:
                             failure = failure or sent.error
                 if published or refused:
                     await db.finish_outbox(published, refused)
-        if probe is not None and shards and probe not in closed:  # no shard: another relay is at work, nothing is known
+            # No shard: another relay is at work and nothing is known, unless it has sent them all.
+            is_open = bool(shards) or (probe is not None and not await db.has_outbox(probe))
+        if probe is not None and is_open and probe not in closed:
             del self._held[probe]
             self._health.recovered(_holding(probe))
         newly_held = self._hold(closed)

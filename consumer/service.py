@@ -41,6 +41,7 @@ from schemas.topics import Topics
 SAMPLE_S: Final = 2.0  # gauges that need a question to a server
 API_POOL_SIZE: Final = 4  # calls beside the pipeline; more gain nothing on few cores (design, section 9)
 WATCHDOG_S: Final = 60.0  # design, section 6
+WORK_SHARE: Final = 0.75  # of the shutdown's deadline; the rest is for leaving the group and closing clients that hang
 CANCEL_DEADLINE_S: Final = 0.5  # with the shutdown deadline below the 10 s of container engines
 CAUGHT_UP_POLL_S: Final = 0.1
 
@@ -166,7 +167,7 @@ class Service:
             starting = asyncio.create_task(self._start(), name="start")
             await asyncio.wait([starting, stopped], return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
-                await _cancelled([starting])
+                await _cancelled([starting], self._settings.shutdown_deadline_s)
                 return 0
             starting.result()
             jobs: list[tuple[str, Coroutine[None, None, None]]] = [
@@ -278,13 +279,15 @@ class Service:
         finishing = {task for task in tasks if task.get_name() in ("relay", "deferred")}
         finishing.add(asyncio.create_task(self._pipeline.let_go(), name="running chunk"))
         finishing.add(asyncio.create_task(self._api.close(), name="calls"))
-        done, pending = await asyncio.wait(finishing, timeout=deadline_s)
+        done, pending = await asyncio.wait(finishing, timeout=deadline_s * WORK_SHARE)
         undone.extend(sorted(task.get_name() for task in pending))
         if undone:
             self._database.terminate()  # else whoever waits for a silent server goes on waiting
             self._callers.terminate()
         await _cancelled([*tasks, *done, *pending])
-        left_s = max(0.5, deadline_s - (time.monotonic() - begun))
+        left_s = max(
+            0.3, deadline_s - (time.monotonic() - begun) - 1
+        )  # letting go of a client that hangs takes 1 s more
         await asyncio.gather(self._source.stop(left_s), self._events.close(left_s), self._letters.close(left_s))
         log.info("stopped", seconds=round(time.monotonic() - begun, 3), undone=undone)
         return 3 if undone else 0
@@ -337,6 +340,9 @@ class Service:
     async def _sample_lag(self) -> None:
         assigned = sorted(self._pipeline.assigned)
         epoch = self._pipeline.epoch
+        if not assigned:
+            await self._source.knock()  # who has nothing to read, or waits for a rebalance, must hear of an outage too
+            return
         ends, done = await self._source.ends(assigned), await self._done(assigned)
         if not self._pipeline.is_ours or epoch != self._pipeline.epoch:
             return  # taken away meanwhile
@@ -407,12 +413,12 @@ class Service:
         return all(done[partition] >= ends[partition] for partition in assigned)
 
 
-async def _cancelled(tasks: Sequence[asyncio.Task[None]]) -> None:
+async def _cancelled(tasks: Sequence[asyncio.Task[None]], deadline_s: float = CANCEL_DEADLINE_S) -> None:
     """Cancel and wait, but not for ever: a client may be talking to a server that does not answer."""
     for task in tasks:
         task.cancel()
     if tasks:
-        await asyncio.wait(tasks, timeout=CANCEL_DEADLINE_S)
+        await asyncio.wait(tasks, timeout=deadline_s)
     for task in tasks:
         if task.done() and not task.cancelled():
             task.exception()  # seen: what an engine raised while it was being stopped is nobody's concern

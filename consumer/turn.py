@@ -22,6 +22,8 @@ async def locked(connection: Connection, name: str) -> AsyncIterator[None]:
     while asyncio.get_running_loop().time() < deadline:
         async with connection.transaction():
             if await connection.fetchval(statement("try_lock"), name):
+                # Slow brokers may take longer than the session's patience; the lock would be another one's then.
+                await connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
                 yield
                 return
         await asyncio.sleep(POLL_S)

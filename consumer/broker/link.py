@@ -22,7 +22,9 @@ from aiokafka.errors import (
     SaslAuthenticationFailed,
     UnsupportedCodecError,
     UnsupportedSaslMechanismError,
+    for_code,
 )
+from aiokafka.protocol.commit import OffsetFetchResponse_v2, OffsetFetchResponse_v3
 from aiokafka.protocol.group import JoinGroupRequest, SyncGroupRequest
 
 from consumer.errors import ConfigError, ServiceError, Unavailable
@@ -154,12 +156,24 @@ def be_impatient(client: Any) -> None:
         if isinstance(request, (JoinGroupRequest, SyncGroupRequest)) and await client.ready(node_id, group=group):
             client._conns[node_id, group]._request_timeout = patience_s
         try:
-            return await send(node_id, request, group=group)
+            answer = await send(node_id, request, group=group)
+            _heed_group_error(answer)
+            return answer
         finally:
             if isinstance(request, (JoinGroupRequest, SyncGroupRequest)) and (node_id, group) in client._conns:
                 client._conns[node_id, group]._request_timeout = usual_s
 
     client._get_conn, client.send = connected, sent
+
+
+def _heed_group_error(answer: Any) -> None:
+    """Raise what the client overlooks: the error of a whole OffsetFetch, as of a coordinator that has just moved.
+
+    It carries no partitions then, and the client would take every one of them for never committed and read from the
+    beginning.
+    """
+    if isinstance(answer, (OffsetFetchResponse_v2, OffsetFetchResponse_v3)) and answer.error_code:
+        raise for_code(answer.error_code)()
 
 
 @asynccontextmanager

@@ -31,6 +31,7 @@ from consumer.envelope import Record
 from consumer.errors import OwnershipLost, Unavailable
 from consumer.generation import Partition, Passed
 
+LEAVE_DEADLINE_S: Final = 5.0  # a join under way must end first, else the group waits for us until the session ends
 LOOK_UP_DEADLINE_S: Final = 3.0  # of gauges: how soon a silent broker is noticed
 POSITION_DEADLINE_S: Final = 0.1  # known at once, unless a broker is asked where the partition begins
 
@@ -92,7 +93,7 @@ class Source:
             await close(consumer, STOP_DEADLINE_S)
             raise Unavailable("kafka", f"{type(error).__name__} while joining the group") from error
         except asyncio.CancelledError:
-            await close(consumer, STOP_DEADLINE_S)
+            await close(consumer, LEAVE_DEADLINE_S)
             raise
         self._fetched = Fetched(consumer._fetcher)
         self._consumer = consumer
@@ -163,6 +164,14 @@ class Source:
             raise Unavailable("kafka", f"{type(error).__name__} while reading offsets") from error
         return found
 
+    async def knock(self) -> None:
+        """Ask any broker for the list of topics. Raises Unavailable."""
+        try:
+            async with asyncio.timeout(LOOK_UP_DEADLINE_S):
+                await self._consumer._client.fetch_all_metadata()
+        except (KafkaError, TimeoutError) as error:
+            raise Unavailable("kafka", f"{type(error).__name__} while asking for topics") from error
+
     async def starts(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """The first offset still kept of each partition. Raises Unavailable."""
         return await self._look_up(self._consumer.beginning_offsets, partitions)
@@ -190,8 +199,19 @@ class Source:
         try:
             found: dict[Any, list[Any]] = await self._consumer.getmany(timeout_ms=POLL_MS, max_records=POLL_RECORDS)
         except KafkaError as error:
+            self._revive()
             raise Unavailable("kafka", f"{type(error).__name__} while reading") from error
         return found
+
+    def _revive(self) -> None:
+        """Join again where a task of the client died, as of a right to the group that was lost for a moment.
+
+        It never starts such a task anew by itself, and without heartbeats nothing else would make it join.
+        """
+        coordinator = self._consumer._coordinator
+        tasks = (coordinator._heartbeat_task, coordinator._commit_refresh_task)
+        if any(task is not None and task.done() and not task.cancelled() and task.exception() for task in tasks):
+            coordinator.request_rejoin()
 
     def _hand_out(self, partition: Any, records: Sequence[Any], next_offset: int) -> None:
         self._next[partition] = next_offset

@@ -12,6 +12,7 @@ WITH state AS (
       FROM unnest($1::uuid[], $2::bigint[], $3::jsonb[], $4::text[], $5::timestamptz[], $6::boolean[], $7::bigint[],
                   $8::float8[])
            AS n (campaign_id, version, counts, status, guard_paused_at, observed_trip, total, cooldown_s)
+     ORDER BY n.campaign_id  -- as everybody who locks several of these rows, else two could wait for each other
     ON CONFLICT (campaign_id) DO UPDATE
        SET version = excluded.version,
            published_counts = coalesce(excluded.published_counts, s.published_counts),

@@ -24,7 +24,9 @@ async def test_work_that_is_cancelled_stays_cancelled_although_its_session_is_lo
     task = asyncio.create_task(work())
     try:
         await inside.wait()
-        await db.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE state = 'idle in transaction'")
+        await db.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE state = 'idle in transaction'"
+        )
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
