@@ -10,7 +10,7 @@ from uuid import UUID
 
 import structlog
 
-from consumer.errors import TooSlow, Unavailable, described
+from consumer.errors import Unavailable, described
 from consumer.generation import Seen, Work
 from consumer.guard import Limits, Mode, Override, Resolved, Verdict, Window, applies, is_candidate, judge, resolve
 from consumer.health import Health
@@ -143,7 +143,7 @@ class Sweep:
             except Unavailable:
                 raise
             except Exception as error:
-                # Too large, or rows that cannot be read: it must not keep the sweep, and every replica, from the others.
+                # Too large, or rows that cannot be read: it must not keep every replica's sweep from the others.
                 if self._campaigns == 1:  # only its own recount can tell whether it is right
                     skipped = await db.sweep_next(after)
                     log.error(

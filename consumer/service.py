@@ -109,7 +109,11 @@ class Service:
         self._database = Database(settings.database_url.get_secret_value())
         self._cdc = [settings.cdc_topic] if settings.cdc_topic else []
         self._source = Source(
-            connection, [*self._topics.read, *self._cdc], settings.group, fetch_max_wait_ms=settings.fetch_max_wait_ms
+            connection,
+            [*self._topics.read, *self._cdc],
+            settings.group,
+            fetch_max_wait_ms=settings.fetch_max_wait_ms,
+            revocation_s=settings.shutdown_deadline_s,
         )
         self._events = Publisher(connection, idempotence=settings.producer_idempotence)
         self._letters = Publisher(connection, idempotence=settings.producer_idempotence)

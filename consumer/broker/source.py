@@ -32,6 +32,7 @@ from consumer.errors import OwnershipLost, Unavailable
 from consumer.generation import Partition, Passed
 
 LEAVE_DEADLINE_S: Final = 5.0  # a join under way must end first, else the group waits for us until the session ends
+REJOIN_S: Final = 4.0  # from the end of its revocation until a member has joined again
 LOOK_UP_DEADLINE_S: Final = 3.0  # of gauges: how soon a silent broker is noticed
 POSITION_DEADLINE_S: Final = 0.1  # known at once, unless a broker is asked where the partition begins
 
@@ -53,8 +54,18 @@ class Batch:
 class Source:
     """Our membership in the consumer group: poll, pause, commit. Offsets move by explicit commits only."""
 
-    def __init__(self, connection: Connection, topics: Sequence[str], group_id: str, *, fetch_max_wait_ms: int) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        topics: Sequence[str],
+        group_id: str,
+        *,
+        fetch_max_wait_ms: int,
+        revocation_s: float,
+    ) -> None:
+        """`revocation_s`: how long `revoked`, handed to `start`, may take at most."""
         self._connection = connection
+        self._rebalance_ms = int((revocation_s + REJOIN_S) * 1000)
         self._topics = list(topics)
         self._group_id = group_id
         self._fetch_max_wait_ms = fetch_max_wait_ms
@@ -78,8 +89,8 @@ class Source:
             isolation_level="read_committed",
             session_timeout_ms=15_000,
             heartbeat_interval_ms=1_000,  # a graceful leave idles its partitions until the others' next heartbeat
-            rebalance_timeout_ms=30_000,
-            request_timeout_ms=40_000,  # must exceed the rebalance timeout
+            rebalance_timeout_ms=self._rebalance_ms,
+            request_timeout_ms=self._rebalance_ms + 6_000,  # must exceed it by more than 5 s
             fetch_max_wait_ms=self._fetch_max_wait_ms,
             max_poll_records=POLL_RECORDS,
             partition_assignment_strategy=[RoundRobinPartitionAssignor],  # exactly one: k assignors send k JoinGroups

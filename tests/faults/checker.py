@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any, Final
 from uuid import UUID, uuid5
 
@@ -15,6 +16,8 @@ from cloudevents.core.formats.json import JSONFormat
 
 CONTACTED: Final = ("sent", "replied", "bounced", "completed", "timed_out")
 NOT_ALWAYS: Final = ("completed", "timed_out", "connection_sent", "connected", "message_sent")
+LIMITS: Final = (500, 100, 500)  # threshold in basis points, least sent, window: the defaults; no scenario has others
+UNSEEN: Final = timedelta(seconds=25)  # from a writer's clock to its COMMIT: it may wait for a frozen session of ours
 STATS_UPDATED: Final = "campaign.stats_updated.v1"
 REJECTED: Final = "campaign.sync_rejected.v1"
 PAUSED: Final = "campaign.paused.v1"
@@ -97,12 +100,13 @@ async def check(
     requested: Mapping[tuple[str, str], UUID],
     garbage: Collection[tuple[str, bytes]],
     paused: Collection[UUID] = (),
+    bouncing: Collection[UUID] = (),
     untold: Collection[UUID] = (),
 ) -> Findings:
     """What does not hold now that nothing moves any more.
 
-    `paused`: campaigns that must have been paused, exactly once each. `untold`: campaigns of which nothing need have
-    been published.
+    `paused`: campaigns that must have been paused, exactly once each. `bouncing`: all that may have been paused.
+    `untold`: campaigns of which nothing need have been published.
     """
     found = Findings()
     db = await asyncpg.connect(database_url)
@@ -116,11 +120,12 @@ async def check(
         found.dead_letters = await read_all(bootstrap, [topics.dead_letters])
         campaigns = await db.fetch("SELECT * FROM public.campaigns")
         counts = await _counts(db)
-        _ids_stand_for_one_fact(found)
+        _ids_stand_for_one_fact(found, requested)
+        _first_copies_are_in_order(found)
         _numbers_are_true(found, campaigns, counts, untold)
         _followers_know_the_truth(found, campaigns, counts, {str(one) for one in untold})
-        _requests_are_answered(found, requested)
-        await _pauses_are_justified(found, db, campaigns, paused)
+        _requests_are_answered(found, requested, {campaign["id"] for campaign in campaigns})
+        await _pauses_are_justified(found, db, campaigns, paused, bouncing)
         await _nobody_bounces_on(found, db, campaigns)
         _garbage_is_kept(found, garbage)
         await _nothing_is_left(found, db)
@@ -162,22 +167,43 @@ def _stats(counts: Mapping[str, int]) -> dict[str, int]:
     return stats | {status: counts[status] for status in NOT_ALWAYS if counts.get(status)}
 
 
-def _ids_stand_for_one_fact(found: Findings) -> None:
+def _ids_stand_for_one_fact(found: Findings, requested: Mapping[tuple[str, str], UUID]) -> None:
     """News and pauses: the same id, the same words, and an id that follows from campaign and version.
 
-    An answer's id stands for its request: a request that is worked off twice may be answered with newer numbers.
+    An answer's id stands for its request: a request that is worked off twice may be answered with newer numbers. But
+    whatever is told of one version of a campaign tells the same numbers.
     """
+    answers = {str(uuid5(campaign, f"answer:{source}:{id_}")) for (source, id_), campaign in requested.items()}
+    asked = {id_ for _, id_ in requested}
     said: dict[tuple[str, str], Told] = {}
+    numbers: dict[tuple[str, int], Any] = {}
     for told in found.told:
-        if told.type == PAUSED:
-            due = str(uuid5(UUID(told.subject), f"paused:{told.data['version']}"))
-        elif told.type == STATS_UPDATED and told.data["trigger"] != "sync_requested":
-            due = str(uuid5(UUID(told.subject), f"stats:{told.data['version']}"))
-        else:
+        if told.type == REJECTED:
             continue
-        before = said.setdefault((told.type, told.id), told)
-        found.must(before.data == told.data, f"id {told.id} of {told.type} says two things")
+        kind = "paused" if told.type == PAUSED else "stats"
+        due = str(uuid5(UUID(told.subject), f"{kind}:{told.data['version']}"))
+        if told.type == STATS_UPDATED:
+            says = (told.data["campaign"]["stats"], told.data.get("prospects_by_status"))
+            before = numbers.setdefault((told.subject, told.data["version"]), says)
+            found.must(before == says, f"version {told.data['version']} of {told.subject} has two sets of numbers")
+            if told.id in answers or (told.data["trigger"] == "sync_requested" and told.causation not in asked):
+                continue
+        first = said.setdefault((told.type, told.id), told)
+        found.must(first.data == told.data, f"id {told.id} of {told.type} says two things")
         found.must(told.id == due, f"id of {told.type} does not follow from its campaign and version")
+
+
+def _first_copies_are_in_order(found: Findings) -> None:
+    """Whoever reads a topic meets a campaign's events by rising version, but for repeats of what was there before."""
+    highest: dict[tuple[str, str], int] = {}
+    seen: set[tuple[str, str]] = set()
+    for told in found.told:
+        if told.type == REJECTED or (told.type, told.id) in seen:
+            continue
+        seen.add((told.type, told.id))
+        before = highest.get((told.type, told.subject), 0)
+        found.must(told.data["version"] >= before, f"order: {told.type} of {told.subject} went back from {before}")
+        highest[told.type, told.subject] = max(before, told.data["version"])
 
 
 def _numbers_are_true(
@@ -222,20 +248,37 @@ def _followers_know_the_truth(
         found.must(says == holds, f"follower: ends with {says} for {campaign_id}, the rows say {holds}")
 
 
-def _requests_are_answered(found: Findings, requested: Mapping[tuple[str, str], UUID]) -> None:
+def _requests_are_answered(
+    found: Findings, requested: Mapping[tuple[str, str], UUID], campaigns: Collection[UUID]
+) -> None:
+    """Each of them, under one id; `not_found` of those whose campaign does not exist and of no other."""
     answers: dict[str, set[str]] = defaultdict(set)
+    rejected: dict[str, str] = {}
     for told in found.told:
         if told.causation is not None and (told.type == REJECTED or told.data.get("trigger") == "sync_requested"):
             answers[told.causation].add(told.id)
+        if told.type == REJECTED:
+            rejected[str(told.causation)] = told.data["reason"]
+    nobodys = rejected.keys() - {request for _, request in requested}
+    found.must(not nobodys, f"rejections of requests that nobody made: {nobodys}")
     for (source, request), campaign_id in requested.items():
         ids = answers.get(request, set())
+        due_reason = None if campaign_id in campaigns else "not_found"
+        found.must(
+            not ids or rejected.get(request) == due_reason,
+            f"request {request} was rejected: {rejected.get(request)}, not {due_reason}",
+        )
         due = str(uuid5(campaign_id, f"answer:{source}:{request}"))
         found.must(ids, f"request {request} was never answered")
         found.must(ids <= {due}, f"request {request} was answered under ids that do not follow from it")
 
 
 async def _pauses_are_justified(
-    found: Findings, db: asyncpg.Connection, campaigns: Sequence[asyncpg.Record], paused: Collection[UUID]
+    found: Findings,
+    db: asyncpg.Connection,
+    campaigns: Sequence[asyncpg.Record],
+    paused: Collection[UUID],
+    bouncing: Collection[UUID],
 ) -> None:
     """Every pause told stands in the audit with the same numbers, which trip the rule, and every one there was told."""
     for told in found.told:
@@ -250,8 +293,14 @@ async def _pauses_are_justified(
     for key in by_version.keys() ^ audit.keys():
         where = "told but not in the audit" if key in by_version else "in the audit but never told"
         found.problems.append(f"pauses: {key[0]} version {key[1]} is {where}")
-    for key, told in by_version.items():
+    contacts = await _contacts(db)
+    for key, told in sorted(by_version.items()):
         data = told.data
+        limits = (data["threshold_bp"], data["min_sent"], data["window"])
+        found.must(limits == LIMITS, f"pauses: {key[0]} by {limits}, which nobody set")
+        if key in audit:
+            earlier = [audit[other]["decided_at"] for other in audit if other[0] == key[0] and other[1] < key[1]]
+            _follows_from_the_rows(found, told, contacts[UUID(key[0])], max(earlier, default=None))
         trips = data["sent"] >= data["min_sent"] and data["bounced"] * 10_000 >= data["threshold_bp"] * data["sent"]
         found.must(trips, f"pauses: {key[0]} with {data['bounced']} of {data['sent']}")
         if key in audit:
@@ -264,6 +313,8 @@ async def _pauses_are_justified(
         ]
         found.must(beside, f"pauses: no stats_updated of the same version beside the pause of {key[0]}")
     rows = {str(row["id"]): row for row in campaigns}
+    unexpected = {key[0] for key in by_version} - {str(one) for one in bouncing}
+    found.must(not unexpected, f"pauses: {unexpected} were paused, and nothing asked for it")
     for campaign_id in map(str, paused):
         times = [key for key in by_version if key[0] == campaign_id]
         found.must(len(times) == 1, f"pauses: {campaign_id} was paused {len(times)} times, not once")
@@ -273,27 +324,44 @@ async def _pauses_are_justified(
         )
 
 
+async def _contacts(db: asyncpg.Connection) -> dict[UUID, list[Any]]:
+    """Of each campaign: those who were mailed, when, and whether that bounced."""
+    contacts: dict[UUID, list[Any]] = defaultdict(list)
+    for row in await db.fetch(
+        "SELECT campaign_id, id, status, contacted_at FROM public.campaign_prospects WHERE contacted_at IS NOT NULL"
+    ):
+        if row["status"] in (*CONTACTED, "cancelled"):
+            contacts[row["campaign_id"]].append(row)
+    return contacts
+
+
+def _follows_from_the_rows(found: Findings, told: Told, contacts: Sequence[Any], since: datetime | None) -> None:
+    """A pause's numbers against the rows as they are now: nobody is ever not mailed again, and a bounce stays one.
+
+    Who was mailed moments before may not have been seen, for its writer had not committed.
+    """
+    at = datetime.fromisoformat(told.data["paused_at"])
+    window = [row for row in contacts if row["contacted_at"] <= at and (since is None or row["contacted_at"] > since)]
+    surely = sum(row["contacted_at"] <= at - UNSEEN for row in window)
+    bounced = sum(row["status"] == "bounced" for row in window)
+    says = (told.data["sent"], told.data["bounced"])
+    holds = min(surely, LIMITS[2]) <= says[0] <= min(len(window), LIMITS[2]) and says[1] <= bounced
+    found.must(holds, f"pauses: {told.subject} says {says}, the rows say {len(window)} ({surely} surely), {bounced}")
+
+
 async def _nobody_bounces_on(found: Findings, db: asyncpg.Connection, campaigns: Sequence[asyncpg.Record]) -> None:
     """No active email campaign is left that trips the rule (default limits) and was recounted since."""
     paused_at = {
         row["campaign_id"]: row["guard_paused_at"]
         for row in await db.fetch("SELECT campaign_id, guard_paused_at FROM campaign_stats.campaign_state")
     }
-    contacts: dict[UUID, list[Any]] = defaultdict(list)
-    for row in await db.fetch(
-        "SELECT campaign_id, id, status, contacted_at FROM public.campaign_prospects WHERE contacted_at IS NOT NULL"
-    ):
-        contacts[row["campaign_id"]].append(row)
+    contacts = await _contacts(db)
     for campaign in campaigns:
         if campaign["type"] != "email" or campaign["status"] != "active" or campaign["last_synced_at"] is None:
             continue
         since = paused_at.get(campaign["id"])
         window = sorted(
-            (
-                row
-                for row in contacts[campaign["id"]]
-                if row["status"] in (*CONTACTED, "cancelled") and (since is None or row["contacted_at"] > since)
-            ),
+            (row for row in contacts[campaign["id"]] if since is None or row["contacted_at"] > since),
             key=lambda row: (row["contacted_at"], row["id"]),
             reverse=True,
         )[:500]

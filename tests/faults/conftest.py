@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.stage import Grid
+from tests.faults.strict import Strict, strict_broker
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +18,10 @@ def grid(servers_directory: Path) -> Iterator[Grid]:
         yield servers
     finally:
         servers.stop()
+
+
+@pytest.fixture(scope="session")
+def strict(servers_directory: Path) -> Iterator[Strict]:
+    """A broker with rights for users."""
+    with strict_broker(servers_directory / "strict-kafka") as server:
+        yield server

@@ -366,6 +366,7 @@ def every_error_is_the_campaigns() -> None:
 def no_deadline_for_an_answer() -> None:
     """A statement waits for its answer for ever."""
     _replace(database, "COMMAND_DEADLINE_S", None)
+    _replace(database, "ANSWER_DEADLINE_S", None)
 
 
 def stale_pool() -> None:
@@ -387,6 +388,11 @@ def patient_with_brokers() -> None:
 def zombies_keep_their_locks() -> None:
     """A session that stands still in a transaction is never ended by the server."""
     _replace(database, "SESSION", {**database.SESSION, "idle_in_transaction_session_timeout": "0"})
+
+
+def revocation_waits_for_nobody() -> None:
+    """Partitions are given away while their chunk is still under way."""
+    _edit("consumer.pipeline:Pipeline.let_go", "await self._idle.wait()", "return")
 
 
 def deaf_to_signals() -> None:
@@ -468,6 +474,7 @@ BREAKAGES: Final[Mapping[str, Callable[[], None]]] = {
         health_says_nothing,
         patient_with_brokers,
         zombies_keep_their_locks,
+        revocation_waits_for_nobody,
         deaf_to_signals,
         version_is_a_plain_counter,
         sent_back_without_a_mark,

@@ -1,5 +1,6 @@
 """One scenario: servers, a database and topics of its own, an upstream, replicas of the service, a checker."""
 
+import asyncio
 import os
 import signal
 import time
@@ -23,6 +24,7 @@ from tests.faults.proxy import Proxy
 from tests.faults.rigged import COMMAND_POINTS
 from tests.faults.upstream import Upstream
 from tests.servers import REPOSITORY, ApacheCluster
+from tests.world import hint
 
 SEED: Final = int(os.environ["CAMPAIGN_STATS_FAULT_SEED"])  # tests/conftest.py sets it if nobody did
 SLACK: Final = 1.0 if os.environ.get("CAMPAIGN_STATS_FAULTS") == "all" else 4.0
@@ -70,6 +72,7 @@ class Stage:
     upstream: Upstream
     environment: dict[str, str]
     replicas: list[RunningService] = field(default_factory=list)
+    patience_s: float = SETTLE_S  # until all must be quiet
     quiet_at: float = 0.0  # monotonic seconds when all was found quiet for the first time in a row
 
     @property
@@ -121,7 +124,7 @@ class Stage:
         environment = {**self.environment, **rigged, **named}
         return await command(environment, *arguments, timeout_s=90, module="tests.faults.rigged", directory=directory)
 
-    async def settled(self, timeout_s: float = SETTLE_S) -> None:
+    async def settled(self, timeout_s: float | None = None) -> None:
         """Wait until every record is committed and nothing waits in our tables, twice in a row."""
         quiet = 0
 
@@ -141,7 +144,7 @@ class Stage:
                 self.quiet_at = time.monotonic()
             return quiet > 1
 
-        await eventually(is_quiet, "all is quiet", timeout_s=timeout_s)
+        await eventually(is_quiet, "all is quiet", timeout_s=timeout_s or self.patience_s)
 
     async def check(self, *, paused: Sequence[UUID] = (), untold: Sequence[UUID] = ()) -> Findings:
         """What the checker finds now."""
@@ -153,6 +156,7 @@ class Stage:
             requested=self.upstream.requested,
             garbage=self.upstream.garbage,
             paused=paused,
+            bouncing=self.upstream.bouncing,
             untold=untold,
         )
 
@@ -166,6 +170,38 @@ class Stage:
         findings = await self.check(paused=paused, untold=untold)
         findings.must(late is None, f"never quiet: {late}")
         return findings
+
+
+@asynccontextmanager
+async def held_by_the_product(one: Stage, campaign_id: UUID, doomed: RunningService) -> AsyncIterator[None]:
+    """The campaign's row is held inside, and then until `doomed` has put its recount off, or is dead or frozen.
+
+    Its prospects change meanwhile, and a hint tells it.
+    """
+    holder, watcher = await asyncpg.connect(one.url), await asyncpg.connect(one.url)
+    try:
+        async with holder.transaction():
+            await holder.execute("SELECT FROM campaigns WHERE id = $1 FOR UPDATE", campaign_id)
+            yield
+            # The row is held, so this is a change of which only the prospects know.
+            await holder.execute("UPDATE campaign_prospects SET status = 'sent' WHERE campaign_id = $1", campaign_id)
+            topic = one.topics.of("prospect.status_changed.v1")
+            await one.upstream.publish([(topic, str(campaign_id), hint(campaign_id))])
+            put_off = "SELECT count(*) > 0 FROM campaign_stats.deferred WHERE campaign_id = $1"
+            async with asyncio.timeout(SETTLE_S):
+                while not (is_still(doomed) or await watcher.fetchval(put_off, campaign_id)):
+                    await asyncio.sleep(0.05)
+    finally:
+        await holder.close()
+        await watcher.close()
+
+
+def is_still(one: RunningService) -> bool:
+    """Whether the process has ended or a signal has stopped it."""
+    if one.process.returncode is not None:
+        return True
+    with open(f"/proc/{one.process.pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] in "TZ"
 
 
 async def has_begun(one: RunningService) -> None:

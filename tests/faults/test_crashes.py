@@ -6,15 +6,13 @@ import random
 from collections.abc import Callable
 from uuid import UUID, uuid4
 
-import asyncpg
 import pytest
 
 from consumer.demo.servers import Postgres
 from tests.conftest import RunningService, eventually
 from tests.faults.checker import Findings
 from tests.faults.rigged import POINTS
-from tests.faults.stage import SEED, Grid, Stage, stage
-from tests.world import hint
+from tests.faults.stage import SEED, Grid, Stage, held_by_the_product, stage
 
 pytestmark = pytest.mark.apache_kafka
 
@@ -31,22 +29,10 @@ async def eventful(one: Stage, doomed: RunningService) -> list[UUID]:
     bouncing = await upstream.campaigns(3, {"pending": 5, "sent": 200, "bounced": 20})
     locked = await upstream.campaigns(1, {"pending": 20})
     asked = await upstream.campaigns(3, {"sent": 3})
-    holder, watcher = await asyncpg.connect(one.url), await asyncpg.connect(one.url)
-    try:
-        async with holder.transaction():
-            await holder.execute("SELECT FROM campaigns WHERE id = $1 FOR UPDATE", locked[0])
-            await upstream.babble(3)
-            await upstream.change([*plain, *bouncing], "sent")
-            await upstream.request([*asked, uuid4()])
-            # The row is held, so this is a change of which only the prospects know.
-            await holder.execute("UPDATE campaign_prospects SET status = 'sent' WHERE campaign_id = $1", locked[0])
-            await upstream.publish([(one.topics.of("prospect.status_changed.v1"), str(locked[0]), hint(locked[0]))])
-            put_off = "SELECT count(*) > 0 FROM campaign_stats.deferred WHERE campaign_id = $1"
-            while doomed.process.returncode is None and not await watcher.fetchval(put_off, locked[0]):
-                await asyncio.sleep(0.05)
-    finally:
-        await holder.close()
-        await watcher.close()
+    async with held_by_the_product(one, locked[0], doomed):
+        await upstream.babble(3)
+        await upstream.change([*plain, *bouncing], "sent")
+        await upstream.request([*asked, uuid4()])
     return bouncing
 
 

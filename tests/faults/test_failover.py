@@ -19,7 +19,7 @@ from consumer import migrations
 from consumer.demo.servers import Postgres
 from tests.conftest import NO_FSYNC, RunningService, eventually
 from tests.faults.checker import PAUSED, STATS_UPDATED, Findings, Told
-from tests.faults.stage import Grid, Stage, stage
+from tests.faults.stage import Grid, Stage, is_still, stage
 from tests.servers import kafka_jars
 
 pytestmark = pytest.mark.apache_kafka
@@ -70,10 +70,7 @@ async def well(running: RunningService) -> None:
 
 async def stands_still(running: RunningService) -> None:
     """Wait until a signal has stopped the process."""
-    state = Path(f"/proc/{running.process.pid}/stat")
-    await eventually(
-        lambda: state.read_text().rpartition(")")[2].split()[0] == "T", "the process stands still", timeout_s=30
-    )
+    await eventually(lambda: is_still(running), "the process stands still", timeout_s=30)
 
 
 async def told_anew(one: Stage) -> None:
@@ -213,6 +210,7 @@ async def cut_off(directory: Path, postgres: Postgres, breakage: str = "") -> No
         grid.start()
         leader, follower = grid.cluster.nodes[2], grid.cluster.nodes[3]
         async with stage(grid, postgres, brokers=(2, 3)) as one:
+            one.patience_s = 20.0 if breakage else one.patience_s
             upstream = one.upstream
             told, unheard, later = [await upstream.campaigns(6, {"pending": 50, "sent": 5}) for _ in range(3)]
             bouncing = await upstream.campaigns(2, HEALTHY)

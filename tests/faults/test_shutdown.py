@@ -146,3 +146,27 @@ async def test_another_one_takes_over_after_a_clean_stop(
         record_property("measured", f"{sorted(took)[1]:.1f} s [{min(took):.1f}-{max(took):.1f}]")
         assert max(took) < 3 * SLACK
         assert (await one.check()).problems == []
+
+
+@pytest.mark.faults
+async def test_who_is_stopped_while_joining_leaves_no_ghost(
+    grid: Grid, postgres: Postgres, record_property: Record
+) -> None:
+    """Stopped while it joins the group: the others have everything within 3 s, not after its session"""
+    async with stage(grid, postgres, partitions=6) as one:
+        campaigns = await one.upstream.campaigns(60, {"pending": 20})
+        await one.replica(real_patience=True)
+        took = []
+        for step in range(8):
+            joining = await one.replica(ready=False, real_patience=True)
+            await has_begun(joining)
+            await asyncio.sleep(0.25 * step)
+            joining.terminate()
+            assert await joining.wait() == 0
+            begun = time.monotonic()
+            await one.upstream.change(campaigns, "sent")
+            await one.settled()
+            took.append(one.quiet_at - begun)
+        record_property("measured", f"{sorted(took)[4]:.1f} s [{min(took):.1f}-{max(took):.1f}]")
+        assert max(took) < 3 * SLACK
+        assert (await one.check()).problems == []

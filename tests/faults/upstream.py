@@ -29,13 +29,15 @@ class Upstream:
     """Has sessions of its own and talks to the servers past every proxy.
 
     `requested`: (source, id) -> campaign of each sync request acknowledged; `garbage`: (topic, value) of what nobody
-    can read; `records`: how many records were acknowledged at least once.
+    can read; `records`: how many records were acknowledged at least once; `bouncing`: campaigns some of whose mail has
+    bounced, the only ones that may be paused.
     """
 
     def __init__(self, database_url: str, bootstrap: str, topics: Topics, seed: int) -> None:
         self.requested: dict[tuple[str, str], UUID] = {}
         self.garbage: list[tuple[str, bytes]] = []
         self.records = 0
+        self.bouncing: set[UUID] = set()
         self._database_url = database_url
         self._bootstrap = bootstrap
         self._topics = topics
@@ -49,7 +51,10 @@ class Upstream:
         db = await self._connected()  # beside whatever else is going on
         try:
             async with db.transaction():
-                return [await add_campaign(db, prospects, **fields) for _ in range(count)]
+                made = [await add_campaign(db, prospects, **fields) for _ in range(count)]
+            if prospects.get("bounced"):
+                self.bouncing.update(made)
+            return made
         finally:
             await db.close()
 
@@ -69,6 +74,8 @@ class Upstream:
         self, campaigns: Sequence[UUID], to_status: str, *, of: str = "pending", prospects: int = 1
     ) -> None:
         """The same without a word; when the database is away, again until it is done once."""
+        if to_status == "bounced":
+            self.bouncing.update(campaigns)
         for campaign_id in campaigns:
             async with self._changing:
                 await self._move(campaign_id, to_status, of, prospects)

@@ -7,6 +7,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from consumer.broker import ACKNOWLEDGED, Sent
 from consumer.database import Database
@@ -21,7 +22,7 @@ from consumer.outcome import Deferral, OutboxRow, Outcome
 from consumer.reconcile import Sweep
 from consumer.recount import Rules, recount_campaigns
 from consumer.relay import Relay
-from schemas.events import Trigger
+from schemas.events import PAUSED, STATS_UPDATED, Trigger
 from tests.world import REFERENCE, add_campaign, expected_stats, stats_of
 
 
@@ -186,24 +187,30 @@ async def test_a_failing_campaign_backs_off_and_is_answered_failed_once_at_the_f
 
 
 class Bus:
-    """The edge to Kafka: acknowledges, fails or refuses as told."""
+    """The edge to Kafka: acknowledges, fails or refuses as told; `closed` are types."""
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
         self.refuse: set[bytes] = set()
+        self.closed: set[str] = set()
         self.away = False
 
     async def __call__(self, rows: Sequence[tuple[str, UUID, bytes]]) -> list[Sent]:
         if self.away:
             raise Unavailable("kafka", "away")
-        results = [Sent("too large", refused=True) if event in self.refuse else ACKNOWLEDGED for _, _, event in rows]
+        results = [self._result(event_type, event) for event_type, _, event in rows]
         self.sent.extend(event for (_, _, event), sent in zip(rows, results, strict=True) if sent is ACKNOWLEDGED)
         return results
 
+    def _result(self, event_type: str, event: bytes) -> Sent:
+        if event_type in self.closed:
+            return Sent("no such topic", closed=True)
+        return Sent("too large", refused=True) if event in self.refuse else ACKNOWLEDGED
 
-async def fill(database: Database, campaign_id: UUID, *events: bytes) -> None:
+
+async def fill(database: Database, campaign_id: UUID, *events: bytes, type: str = STATS_UPDATED) -> None:
     async with database.transaction() as transaction:
-        rows = [OutboxRow(campaign_id, "campaign.stats_updated.v1", event) for event in events]
+        rows = [OutboxRow(campaign_id, type, event) for event in events]
         await transaction.save(Outcome(outbox=rows))
 
 
@@ -257,6 +264,26 @@ async def test_a_row_committed_late_under_a_low_id_is_still_published(
     assert bus.sent == [b"late id, early commit", b"early id, late commit"]
 
 
+async def test_a_held_type_is_released_when_another_relay_has_sent_all_that_can_be_sent_of_it(
+    database: Database, metrics: Metrics, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consumer.health.FIRST_BACKOFF_S", 0.0)
+    bus, other_bus, health, campaign_id = Bus(), Bus(), Health(), uuid4()
+    relay, other = Relay(database, bus, metrics, health), Relay(database, other_bus, metrics, Health())
+    bus.closed, other_bus.refuse = {PAUSED}, {b"big"}
+    await fill(database, campaign_id, b"1", b"big", type=PAUSED)
+    await relay.turn()
+    assert health.degraded == ["relay"]
+    async with database.transaction() as transaction:
+        assert await transaction.lock_shards()
+        assert await relay.turn() == 0
+        assert health.degraded == ["relay"]  # it is there, and somebody else has it
+    assert await other.turn() == 2
+    assert await db.fetchval("SELECT count(*) FROM campaign_stats.outbox") == 1  # set aside: waits for nobody
+    assert await relay.turn() == 0
+    assert health.degraded == []
+
+
 async def test_one_sweep_at_a_time_goes_on_where_it_was(
     database: Database, metrics: Metrics, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +300,36 @@ async def test_one_sweep_at_a_time_goes_on_where_it_was(
     assert not await sweep.page()  # the lap is over, the next is due in an hour
     assert await db.fetchval("SELECT min(not_before) > now() + interval '50 seconds' FROM campaign_stats.deferred")
     assert await db.fetchval("SELECT lap_finished IS NOT NULL FROM campaign_stats.sweep")
+
+
+async def test_the_sweep_leaves_out_a_campaign_whose_rows_cannot_be_read_and_compares_all_others(
+    database: Database, metrics: Metrics, db: asyncpg.Connection
+) -> None:
+    campaigns = sorted([await add_campaign(db, REFERENCE, stats={"total": 1}) for _ in range(5)])
+    damaged = campaigns.pop(2)
+    await db.execute(
+        f"""ALTER FUNCTION campaign_stats.count_prospects(uuid) RENAME TO count_readable;
+            CREATE FUNCTION campaign_stats.count_prospects(campaign uuid)
+            RETURNS TABLE (counts jsonb, stats jsonb, total bigint) LANGUAGE plpgsql STABLE AS $$
+            BEGIN
+                IF campaign = '{damaged}' THEN
+                    RAISE EXCEPTION 'invalid page in block 7' USING ERRCODE = 'XX001';
+                END IF;
+                RETURN QUERY SELECT * FROM campaign_stats.count_readable(campaign);
+            END $$"""
+    )
+    sweep = Sweep(database, Limits(), metrics, Health(), interval_s=3600, grace_s=0, retention_days=90)
+    pages = 0
+    with capture_logs() as logs:
+        while await sweep.page():
+            pages += 1
+            assert pages < 50
+    rows = await db.fetch("SELECT campaign_id FROM campaign_stats.deferred ORDER BY campaign_id")
+    assert [row["campaign_id"] for row in rows] == campaigns
+    assert await db.fetchval("SELECT after_id IS NULL AND lap_finished IS NOT NULL FROM campaign_stats.sweep")
+    assert [(line["campaign"], line["sqlstate"]) for line in logs if line["log_level"] == "error"] == [
+        (str(damaged), "XX001")
+    ]
 
 
 async def test_drift_is_counted_only_when_nobody_recounted_meanwhile(

@@ -70,7 +70,7 @@ class Member:
     """Polls and commits at once, as an engine does that finishes every chunk immediately."""
 
     def __init__(self, bus: Bus, topic: str, group: str, truth: Truth) -> None:
-        self.source = Source(Connection(bus.bootstrap, {}), [topic], group, fetch_max_wait_ms=20)
+        self.source = Source(Connection(bus.bootstrap, {}), [topic], group, fetch_max_wait_ms=20, revocation_s=8)
         self.truth = truth
         self.revocations = 0
         self.assignments = 0

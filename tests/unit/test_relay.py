@@ -76,7 +76,7 @@ class Turn:
     refused: dict[int, str] = field(default_factory=dict)
 
     async def lock_shards(self) -> list[int]:
-        return self.outbox.shards
+        return self.outbox.shards if self.outbox.rows else []  # only those with something to publish
 
     async def read_outbox(self, shards: Sequence[int], rows: int, size: int, types: Sequence[str] | None) -> list[Row]:
         assert shards == self.outbox.shards
@@ -87,6 +87,9 @@ class Turn:
     async def finish_outbox(self, published: Sequence[int], refused: Mapping[int, str]) -> None:
         self.published.extend(published)
         self.refused.update(refused)
+
+    async def has_outbox(self, event_type: str) -> bool:
+        return any(row.type == event_type for row in self.outbox.rows.values())
 
 
 @dataclass
@@ -279,17 +282,35 @@ async def test_a_held_type_is_tried_again_with_backoff(monkeypatch: pytest.Monke
     assert len(waits) < 40
 
 
-async def test_a_held_type_stays_held_while_another_relay_has_the_shards_and_ends_with_its_rows() -> None:
-    outbox, ids = outbox_of([0], [PAUSED])
-    relay, _, health = relay_of(outbox, Broker(ids, closed={PAUSED}))
+async def test_a_held_type_stays_held_while_its_rows_are_there_and_another_relay_has_the_shards() -> None:
+    outbox, ids = outbox_of([0, 0], TYPES)
+    relay, _, health = relay_of(outbox, broker := Broker(ids, closed={PAUSED}))
     await relay.turn()
-    mine, outbox.shards = outbox.shards, []
+    outbox.shards, broker.closed = [], set()
+    for _ in range(3):
+        assert await relay.turn() == 0
+        assert health.degraded == ["relay"]
+    outbox.shards = [0]  # the other one is gone
+    assert await relay.turn() == 1
+    assert (outbox.rows, health.degraded) == ({}, [])
+
+
+@pytest.mark.parametrize("others", [[], [STATS_UPDATED]])
+async def test_a_held_type_is_released_when_another_relay_has_sent_all_its_rows(others: list[str]) -> None:
+    outbox, ids = outbox_of([0], [PAUSED])
+    relay, _, health = relay_of(outbox, broker := Broker(ids, closed={PAUSED}))
     await relay.turn()
     assert health.degraded == ["relay"]
-    outbox.shards = mine
-    outbox.rows.clear()  # the other one got rid of them
+    # No shard can be locked now: there is nothing in the outbox, or the other one has all that is there.
+    outbox.rows = {number: Row(number, campaign_id(0), type_) for number, type_ in enumerate(others, 2)}
+    outbox.shards = [] if others else [0]
     await relay.turn()
-    assert health.degraded == []
+    assert (health.degraded, broker.calls) == ([], [1])
+    outbox.asked.clear()
+    outbox.rows, outbox.shards = {9: Row(9, campaign_id(0), PAUSED)}, [0]
+    broker.ids, broker.closed = {(campaign_id(0), b"{}"): 9}, set()
+    assert await relay.turn() == 1
+    assert outbox.asked == [(TURN_ROWS, TURN_BYTES, None)]  # no type is left out any more
 
 
 async def test_a_failure_of_another_kind_while_a_held_type_is_tried_does_not_stop_the_others() -> None:

@@ -33,7 +33,7 @@ class CutOff:
 
 
 async def test_a_log_that_was_cut_off_takes_the_committed_offset_back_with_it() -> None:
-    source = Source(Connection("x:1", {}), ["t"], "g", fetch_max_wait_ms=1)
+    source = Source(Connection("x:1", {}), ["t"], "g", fetch_max_wait_ms=1, revocation_s=8)
     vars(source).update(_consumer=CutOff(), _fetched=SimpleNamespace(passed=[], bytes_left=0))
     [first], _ = await source.poll()
     assert first.next_offset == 3
