@@ -33,10 +33,10 @@ COMMAND_DEADLINE_S: Final = (
 )
 ACQUIRE_DEADLINE_S: Final = 10.0
 ANSWER_DEADLINE_S: Final = 5.0  # for what a server answers at once: a session that went dead is noticed this soon
-# A host that vanished is noticed within about 15 s also in the middle of a long statement, which a deadline for answers
-# cannot tell from a slow one. After 5 s of silence the kernel asks every 2 s. Without TCP_USER_TIMEOUT it gives up when
-# three were in vain, after 11 s; Linux goes by that option alone (measured), also for what was never acknowledged.
-KEEPALIVE: Final = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 15_000}  # s, s, -, ms
+# A host that vanished is noticed within 11 s also in the middle of a long statement, which a deadline for answers can't
+# tell from a slow one. After 5 s of silence the kernel asks every 2 s, and gives up when three were in vain; Linux goes
+# by TCP_USER_TIMEOUT alone where that is set (measured), also for what was never acknowledged.
+KEEPALIVE: Final = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 11_000}  # s, s, -, ms
 SESSION: Final = {
     "application_name": "campaign-stats",
     "row_security": "off",  # filtered rows would silently count every campaign to zero; now it is an error
@@ -141,6 +141,31 @@ def translated() -> Iterator[None]:
         raise Unavailable("database", f"{type(error).__name__}") from error
 
 
+@asynccontextmanager
+async def _transaction(connection: Connection) -> AsyncIterator[None]:
+    """As `connection.transaction()`, but a server that has fallen silent is not asked for a ROLLBACK too.
+
+    It would wait as long as the statement before it; whoever holds the session ends it instead.
+    """
+    transaction = connection.transaction()
+    try:
+        async with asyncio.timeout(ANSWER_DEADLINE_S):
+            await transaction.start()
+        yield
+    except BaseException as error:
+        if not _is_silence(error):
+            async with asyncio.timeout(ANSWER_DEADLINE_S):
+                await transaction.rollback()
+        raise
+    else:
+        await transaction.commit()
+
+
+def _is_silence(error: BaseException) -> bool:
+    """Whether it says that no answer came in time."""
+    return isinstance(error, TimeoutError) or isinstance(error.__cause__, TimeoutError)
+
+
 def _cancelled_first(error: BaseException) -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
@@ -228,14 +253,13 @@ class Database:
                 async with self._pool.acquire(timeout=ACQUIRE_DEADLINE_S) as connection:
                     try:
                         yield connection
-                    except TimeoutError:
-                        connection.terminate()  # else giving it back waits once more for the same silent server
+                    except (TimeoutError, Unavailable) as error:
+                        if _is_silence(error):
+                            connection.terminate()  # else giving it back waits once more for the same silent server
                         raise
         except Unavailable as error:
             cause = error.__cause__
-            if isinstance(cause, TimeoutError) or (
-                isinstance(cause, asyncpg.PostgresError) and cause.sqlstate in STALE_POOL
-            ):
+            if _is_silence(error) or (isinstance(cause, asyncpg.PostgresError) and cause.sqlstate in STALE_POOL):
                 await self._pool.expire_connections()  # the others are of the same time
             raise
 
@@ -245,19 +269,8 @@ class Database:
 
         Raises Unavailable for an outage; after one on COMMIT the result is unknown: repeat the whole, it is idempotent.
         """
-        async with self.connection() as connection:
-            transaction = connection.transaction()
-            async with asyncio.timeout(ANSWER_DEADLINE_S):
-                await transaction.start()
-            try:
-                yield Transaction(connection)
-            except TimeoutError:  # no ROLLBACK: it would wait as long again
-                raise
-            except BaseException:
-                await transaction.rollback()
-                raise
-            else:
-                await transaction.commit()
+        async with self.connection() as connection, _transaction(connection):
+            yield Transaction(connection)
 
     async def check_reachable(self) -> None:
         """Raises ConfigError when DATABASE_URL can never work as it is, Unavailable when no session can be had now."""
@@ -328,7 +341,7 @@ class Transaction:
     async def savepoint(self) -> AsyncIterator[None]:
         """What is raised inside undoes only what was done inside. Raises Unavailable for an outage."""
         with translated(), slow_is_an_error():
-            async with self._connection.transaction():
+            async with _transaction(self._connection):
                 yield
 
     async def now(self) -> datetime:
@@ -394,14 +407,17 @@ class Transaction:
         return {row["campaign_id"]: (row["paused_at"], _campaign(row)) for row in rows}
 
     async def save(self, outcome: Outcome) -> None:
-        """State, audit, outbox and deferrals in one round trip; none when there is nothing to save.
+        """State, audit, outbox and deferrals in one round trip, a second one where failing campaigns were met; none
+        when there is nothing to save.
 
         Raises TooSlow where somebody holds the state of one of the recounted campaigns: again an error of its chunk.
         """
         if not (outcome.states or outcome.outbox or outcome.deferrals or outcome.decisions or outcome.hurried):
             return
-        with slow_is_an_error() if outcome.states or outcome.hurried else nullcontext():
+        with slow_is_an_error() if outcome.states else nullcontext():
             await self._save(outcome)
+        if outcome.hurried:
+            await self._connection.execute(statement("hurry"), outcome.hurried)
 
     async def _save(self, outcome: Outcome) -> None:
         await self._connection.execute(
@@ -440,7 +456,6 @@ class Transaction:
                 for decision in outcome.decisions
             ],
             [_deferral(deferral) for deferral in outcome.deferrals],
-            outcome.hurried,
         )
 
     async def take_deferred(self) -> list[Work]:

@@ -150,8 +150,8 @@ class Relay:
                             failure = failure or sent.error
                 if published or refused:
                     await db.finish_outbox(published, refused)
-            # No shard: another relay is at work and nothing is known, unless it has sent them all.
-            is_open = bool(shards) or (probe is not None and not await db.has_outbox(probe))
+            # No row: another relay may have its shard, and nothing is known unless it has sent them all.
+            is_open = bool(rows) or (probe is not None and not await db.has_outbox(probe))
         if probe is not None and is_open and probe not in closed:
             del self._held[probe]
             self._health.recovered(_holding(probe))

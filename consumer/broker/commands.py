@@ -25,6 +25,7 @@ from consumer.broker.link import (
     START_DEADLINE_S,
     STOP_DEADLINE_S,
     Connection,
+    be_impatient,
     close,
     refused_is_an_error,
     said,
@@ -315,6 +316,7 @@ class Group:
         self._consumer: Any = AIOKafkaConsumer(
             **connection.arguments(), group_id=group_id, enable_auto_commit=False, isolation_level="read_committed"
         )
+        be_impatient(self._consumer._client)
 
     async def __aenter__(self) -> "Group":
         """Connect; joins nothing. Raises ConfigError for missing topics, Unavailable."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Final
 import structlog
 from aiokafka.abc import AbstractTokenProvider
 from aiokafka.client import ConnectionGroup
-from aiokafka.conn import collect_hosts, create_conn
+from aiokafka.conn import CloseReason, collect_hosts, create_conn
 from aiokafka.errors import (
     CommitFailedError,
     CorruptRecordException,
@@ -19,13 +20,16 @@ from aiokafka.errors import (
     KafkaConnectionError,
     KafkaError,
     RecordTooLargeError,
+    RequestTimedOutError,
     SaslAuthenticationFailed,
     UnsupportedCodecError,
     UnsupportedSaslMechanismError,
     for_code,
 )
 from aiokafka.protocol.commit import OffsetFetchResponse_v2, OffsetFetchResponse_v3
+from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.group import JoinGroupRequest, SyncGroupRequest
+from aiokafka.protocol.produce import ProduceRequest
 
 from consumer.errors import ConfigError, ServiceError, Unavailable
 
@@ -35,6 +39,7 @@ CALL_DEADLINE_S: Final = 10.0  # commits and look-ups hang while brokers are awa
 START_DEADLINE_S: Final = 30.0
 STOP_DEADLINE_S: Final = 2.0
 CONNECT_DEADLINE_S: Final = 4.0  # with login
+ANSWER_DEADLINE_S: Final = 5.0  # for what a broker answers at once, such as heartbeats
 REQUEST_DEADLINE_S: Final = 15.0  # a full fetch over a slow line takes its time
 KNOCK_DEADLINE_S: Final = 10.0  # to ask a broker why it does not take us
 BROKEN_BYTES: Final = (
@@ -138,32 +143,38 @@ def _refusal(address: str, error: BaseException | None) -> Sequence[str]:
 def be_impatient(client: Any) -> None:
     """Give up on a broker that falls silent (no reset, no answer) much sooner than on a rebalance.
 
-    The client has one deadline for everything, and joining needs a long one, because it waits for all members. After
-    a connection went dead it would wait that long for an answer, and again for each new connection in the silence.
+    The client has one deadline for everything, and joining needs a long one, because it waits for all members. And it
+    finds out of each dead connection by itself, one after the other: here one request that was never answered is enough
+    to close all that have been as silent since.
     """
     patience_s = client._request_timeout_ms / 1000
-    usual_s = min(patience_s, REQUEST_DEADLINE_S)
     client._request_timeout_ms = int(CONNECT_DEADLINE_S * 1000)
-    get_connection, send = client._get_conn, client.send
-
-    async def connected(node_id: Any, **how: Any) -> Any:
-        connection = await get_connection(node_id, **how)
-        if connection is not None and connection._request_timeout == CONNECT_DEADLINE_S:
-            connection._request_timeout = usual_s
-        return connection
+    send = client.send
+    joining: set[tuple[Any, Any]] = set()
 
     async def sent(node_id: Any, request: Any, *, group: Any = ConnectionGroup.DEFAULT) -> Any:
-        if isinstance(request, (JoinGroupRequest, SyncGroupRequest)) and await client.ready(node_id, group=group):
-            client._conns[node_id, group]._request_timeout = patience_s
+        begun, key = time.monotonic(), (node_id, group)
+        is_join = isinstance(request, (JoinGroupRequest, SyncGroupRequest))
+        is_bulky = isinstance(request, (FetchRequest, ProduceRequest))
+        if await client.ready(node_id, group=group) and key in client._conns:
+            deadline_s = patience_s if is_join else REQUEST_DEADLINE_S if is_bulky else ANSWER_DEADLINE_S
+            client._conns[key]._request_timeout = min(deadline_s, patience_s)
+        if is_join:
+            joining.add(key)
         try:
             answer = await send(node_id, request, group=group)
-            _heed_group_error(answer)
-            return answer
+        except RequestTimedOutError:
+            for other in [other for other in client._conns if other not in joining]:
+                if client._conns[other]._last_action < begun:  # when it was last heard of
+                    client._conns[other].close(reason=CloseReason.CONNECTION_TIMEOUT)
+            raise
         finally:
-            if isinstance(request, (JoinGroupRequest, SyncGroupRequest)) and (node_id, group) in client._conns:
-                client._conns[node_id, group]._request_timeout = usual_s
+            if is_join:
+                joining.discard(key)
+        _heed_group_error(answer)
+        return answer
 
-    client._get_conn, client.send = connected, sent
+    client.send = sent
 
 
 def _heed_group_error(answer: Any) -> None:

@@ -2,7 +2,7 @@
 -- State of $1 uuid[]: $2 bigint[] version, $3 jsonb[] and $4 text[] published counts and status (null = as before),
 --   $5 timestamptz[] guard_paused_at, $6 boolean[] observed_trip, $7 bigint[] prospects, $8 float8[] cool-down in seconds
 -- Outbox: $9 smallint[] shard, $10 uuid[] campaign, $11 text[] type, $12 bytea[] event; ids rise in this order
--- $13 jsonb guard decisions, $14 jsonb deferrals (arrays of objects); $15 uuid[] failing campaigns to retry within a minute
+-- $13 jsonb guard decisions, $14 jsonb deferrals (arrays of objects)
 WITH state AS (
     INSERT INTO campaign_stats.campaign_state AS s
            (campaign_id, version, published_counts, published_status, guard_paused_at, observed_trip, last_total,
@@ -40,15 +40,11 @@ WITH state AS (
       FROM unnest($9::smallint[], $10::uuid[], $11::text[], $12::bytea[]) WITH ORDINALITY
            AS o (shard, campaign_id, type, event, place)
      ORDER BY o.place
-), deferred AS (
-    INSERT INTO campaign_stats.deferred
-           (campaign_id, reason, not_before, tries, first_written, trigger, hint, seen, requests)
-    SELECT d.campaign_id, d.reason, clock_timestamp() + make_interval(secs => d.delay_s), d.tries,
-           coalesce(d.first_written, clock_timestamp()), d.trigger, d.hint, d.seen, d.requests
-      FROM jsonb_to_recordset($14::jsonb) AS d (
-           campaign_id uuid, reason text, delay_s float8, tries integer, first_written timestamptz, trigger text,
-           hint jsonb, seen jsonb, requests jsonb)
 )
-UPDATE campaign_stats.campaign_state
-   SET retry_at = least(retry_at, clock_timestamp() + interval '60 seconds')
- WHERE campaign_id = ANY ($15::uuid[]) AND failures > 0
+INSERT INTO campaign_stats.deferred
+       (campaign_id, reason, not_before, tries, first_written, trigger, hint, seen, requests)
+SELECT d.campaign_id, d.reason, clock_timestamp() + make_interval(secs => d.delay_s), d.tries,
+       coalesce(d.first_written, clock_timestamp()), d.trigger, d.hint, d.seen, d.requests
+  FROM jsonb_to_recordset($14::jsonb) AS d (
+       campaign_id uuid, reason text, delay_s float8, tries integer, first_written timestamptz, trigger text,
+       hint jsonb, seen jsonb, requests jsonb)
