@@ -96,7 +96,7 @@ async def stopped_in_an_outage(one: Stage, breakage: str = "") -> tuple[int, flo
         await eventually(lambda: holder.fetchval(sleeping), "the chunk is under way", replica)
         for proxy in one.grid.proxies.values():
             proxy.silence()
-        code, seconds = await ended(replica, signal.SIGTERM)
+        code, seconds = await ended(replica, signal.SIGTERM, signal.SIGINT)
         undone = [line["undone"] for line in replica.messages("stopped")]
         return code, seconds, undone
     finally:
@@ -108,7 +108,7 @@ async def stopped_in_an_outage(one: Stage, breakage: str = "") -> tuple[int, flo
 
 @pytest.mark.faults
 async def test_a_stop_in_an_outage(grid: Grid, postgres: Postgres, record_property: Record) -> None:
-    """Stopped in the middle of a chunk that hangs while no broker answers: 3, and what was left undone"""
+    """Stopped twice in the middle of a chunk that hangs while no broker answers: 3, and what was left undone"""
     async with stage(grid, postgres) as one:
         code, seconds, undone = await stopped_in_an_outage(one)
         record_property("measured", f"after {seconds:.1f} s")
