@@ -6,6 +6,7 @@ file descriptors, database sessions and tasks are read after each round and must
 
 import argparse
 import asyncio
+import logging
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -171,8 +173,8 @@ async def swept(one: Soak) -> None:
     over = "SELECT lap_started > $1 AND lap_finished >= lap_started FROM campaign_stats.sweep"
     try:
         for _ in range(2):  # a lap's begin is written with its first page, which may have been read before
-            now = await db.fetchval("SELECT clock_timestamp()")
-            await eventually(lambda now=now: db.fetchval(over, now), "a whole sweep", one.steady, timeout_s=60)
+            is_over = partial(db.fetchval, over, await db.fetchval("SELECT clock_timestamp()"))
+            await eventually(is_over, "a whole sweep", one.steady, timeout_s=60)
     finally:
         await db.close()
 
@@ -278,6 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Random faults under load, checked round after round.")
     parser.add_argument("--minutes", type=float, required=True)
     minutes = parser.parse_args().minutes
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the tests' own client, which is cut off too
     if not java_available():
         sys.exit("soak: Java 17 and Maven are missing (Debian: openjdk-17-jre-headless maven)")
     with tempfile.TemporaryDirectory(prefix="cs-") as name:
