@@ -419,8 +419,11 @@ async def test_long_outages_of_postgresql_are_waited_out(
     """Outages side by side [PostgreSQL killed, away for 60 s; silent for 45 s, half open; a row locked for 60 s]"""
 
     async def one_of(outage: Outage, seconds: float) -> list[str]:
+        def named(name: str, value: object) -> None:
+            record_property(name, f"{outage.__name__} {value}")
+
         async with site(grid, servers_directory) as at:
-            return await at.problems(await outage(at, seconds), record_property)
+            return await at.problems(await outage(at, seconds), named)
 
     found = await asyncio.gather(one_of(postgres_away, 60), one_of(postgres_silent, 45), one_of(row_locked, 60))
     assert not any(found), found
