@@ -18,7 +18,7 @@ from tests.servers import REPOSITORY
 
 IS_WHOLE = os.environ.get("CAMPAIGN_STATS_FAULTS") == "all"
 SEED = int(os.environ["CAMPAIGN_STATS_FAULT_SEED"]) if IS_WHOLE else 1  # `make faults` looks for what is new
-HEALTHY_EXAMPLES = 200 if IS_WHOLE else 40
+HEALTHY_EXAMPLES = 150 if IS_WHOLE else 40
 
 
 @pytest.fixture(scope="module")

@@ -443,7 +443,7 @@ async def test_long_outages_of_postgresql_are_waited_out(
             "never quiet|nothing is degraded",
         ),
         ("health_says_nothing", function_replaced, 4, "database is degraded"),
-        ("patient_with_brokers", kafka_silent, 60, "recovery took|nothing is degraded"),
+        ("patient_with_brokers", kafka_silent, 25, "recovery took|nothing is degraded"),
     ],
 )
 async def test_the_same_outages_find_a_service_that_is_broken(
@@ -453,7 +453,7 @@ async def test_the_same_outages_find_a_service_that_is_broken(
     found: list[str] = []
     async with site(grid, servers_directory, breakage=breakage, plain_role=outage is row_security) as at:
         at.replica.expected_exit = None
-        at.patience_s = at.stage.patience_s = 24.0
+        at.patience_s = at.stage.patience_s = 16.0
         try:
             found = await at.problems(await outage(at, amount), lambda *_: None)
         except AssertionError as error:
