@@ -1,6 +1,6 @@
 # Needs only python3 (3.11 or newer) and make; everything else is fetched into .venv and .cache.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit faults soak lint format bench bench-adopt lock clean
+.PHONY: help demo test test-unit faults soak schemas docs compat lint format bench bench-adopt lock clean
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,6 +26,15 @@ faults: $(READY) ## Every fault on a cluster of three brokers, a line each (need
 
 soak: $(READY) ## Random faults under load, checked every round (needs Java 17 and Maven); MINUTES=60 SEED=123
 	@$(if $(SEED),CAMPAIGN_STATS_FAULT_SEED=$(SEED)) $(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),10)
+
+schemas: $(READY) ## Write the contracts' documents (JSON Schema, AsyncAPI, OpenAPI, README, page) from the models
+	@$(BIN)/python -m schemas.tools
+
+docs: schemas ## The contracts as one page, schemas/index.html, and its screenshots (needs Node.js, npm and Chromium)
+	@$(BIN)/python -m schemas.tools.screenshots "$$($(BIN)/python -m tests.witnesses)"
+
+compat: $(READY) ## Whether the contracts still fit everything that was released
+	@$(BIN)/python -m schemas.tools.compatibility
 
 lint: $(READY) ## ruff, mypy, import layers
 	@$(BIN)/ruff check .

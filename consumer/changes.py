@@ -1,6 +1,7 @@
 """Change records of `campaign_prospects` (Debezium) read as hints: whatever changed, its campaign is dirty. Pure.
 
-Read with or without the {"schema", "payload"} wrapper, as an envelope (before, after, op) or flattened to the row.
+Read as an envelope (before, after, op) or flattened to the row; in the {"schema", "payload"} wrapper, as a CloudEvent
+of Debezium's converter, or as the outbox event router writes it (JSON within a string, or the payload as it is).
 """
 
 import re
@@ -17,6 +18,8 @@ ANY_ID: Final = re.compile(ANY_ID_PATTERN)
 NO_CAMPAIGN: Final = (
     "expected campaign_id in before or after; for deletes: ALTER TABLE campaign_prospects REPLICA IDENTITY FULL"
 )
+
+WRAPPERS: Final = 5  # more than converter, router and CloudEvent together
 
 Changed = ChangeHint | Ignored | DeadLetter
 
@@ -35,13 +38,11 @@ def _decode(record: Record) -> Changed:
         return DeadLetter(error.reason, error.detail)
 
 
-def _understand(change: object) -> ChangeHint | Ignored:
+def _understand(record: object) -> ChangeHint | Ignored:
     """Raises InvalidEvent."""
-    where = "$"
-    if isinstance(change, dict) and "payload" in change and "schema" in change:
-        where, change = "$.payload", change["payload"]
-        if change is None:
-            return TOMBSTONE
+    where, change = _unwrapped(record)
+    if change is None:
+        return TOMBSTONE
     if not isinstance(change, dict):
         raise InvalidEvent(DeadLetterReason.INVALID_DATA, f"{where}: expected a change record as a JSON object")
     source = change.get("source")
@@ -51,7 +52,7 @@ def _understand(change: object) -> ChangeHint | Ignored:
     campaigns: dict[UUID, None] = {}  # two when a prospect was moved
     for name, row in rows.items():
         campaign = row.get("campaign_id") if isinstance(row, dict) else None
-        if campaign is None:
+        if campaign is None or campaign == "":  # the placeholder of a column that the log did not hold
             continue
         if not isinstance(campaign, str) or ANY_ID.fullmatch(campaign) is None:
             at = ".".join(part for part in (where, name, "campaign_id") if part)
@@ -64,3 +65,26 @@ def _understand(change: object) -> ChangeHint | Ignored:
             return TOMBSTONE  # a truncated table or a logical message names no campaign; the sweep finds what changed
         raise InvalidEvent(DeadLetterReason.INVALID_DATA, f"{where}: {NO_CAMPAIGN}")
     return ChangeHint(tuple(campaigns))
+
+
+def _unwrapped(change: object) -> tuple[str, object]:
+    """The change record or row, and where it stands, below what converters and the outbox event router put around it.
+
+    Raises InvalidEvent for a string that is no JSON.
+    """
+    where = "$"
+    for _ in range(WRAPPERS):
+        if isinstance(change, str):  # the router's payload, unless it was told to expand it
+            try:
+                change = parse_json(change.encode())
+            except InvalidEvent as error:
+                said = f"{where}: expected JSON within the string; write the payload as JSON"
+                raise InvalidEvent(DeadLetterReason.INVALID_DATA, said) from error
+        elif isinstance(change, dict) and not change.keys() & {"op", "campaign_id"}:
+            inner = "payload" if "payload" in change else "data" if "specversion" in change else None
+            if inner is None:
+                break
+            where, change = f"{where}.{inner}", change.get(inner)
+        else:
+            break
+    return where, change

@@ -17,6 +17,7 @@ import typer
 
 from consumer import broker, dead_letter_commands, logs, migrations, questions, repairs
 from consumer.broker import Outgoing, Publisher, Reader
+from consumer.changes import decode_changes
 from consumer.console import (
     CampaignId,
     JsonFlag,
@@ -30,6 +31,7 @@ from consumer.console import (
 from consumer.database import Connection
 from consumer.envelope import (
     CONTENT_TYPE,
+    ChangeHint,
     DeadLetter,
     Ignored,
     StatusHint,
@@ -380,6 +382,9 @@ def check_event(
         list[str] | None,
         typer.Option("--header", "-H", metavar="NAME=VALUE", help="A record header (binary mode: ce_id=..., ...)."),
     ] = None,
+    change_record: Annotated[
+        bool, typer.Option("--change-record", help="It is a connector's record, as on CAMPAIGN_STATS_CDC_TOPIC.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Say whether the service would accept an event and, if not, where and why. Exit 1 if it would not."""
@@ -387,7 +392,7 @@ def check_event(
         raise typer.BadParameter(f"--header {malformed[0]}: write NAME=VALUE")
     pairs = [text.split("=", 1) for text in header or []]
     record = GivenRecord(file.read(), [(name, value.encode("utf-8", "surrogateescape")) for name, value in pairs])
-    [found] = decode([record])
+    [found] = decode_changes([record]) if change_record else decode([record])
     match found:
         case DeadLetter():
             document: dict[str, object] = {"accepted": False, "reason": found.reason, "error": found.error}
@@ -400,9 +405,13 @@ def check_event(
             document = {"accepted": True, "kind": kind, "campaign_id": str(found.campaign_id)}
             words = f"accepted: a hint for campaign {found.campaign_id}"
             words += "; of a newer version than this code knows" if found.newer else ""
+        case ChangeHint():
+            campaigns = [str(campaign) for campaign in found.campaign_ids]
+            document = {"accepted": True, "kind": "change_record", "campaign_ids": campaigns}
+            words = f"accepted: a hint for campaign {' and '.join(campaigns)}"
         case Ignored():
             document = {"accepted": True, "kind": "tombstone"}
-            words = "ignored: a tombstone"
+            words = "ignored: it is about no prospect" if change_record else "ignored: a tombstone"
         case _:
             assert_never(found)
     print_json(document) if as_json else print(words)

@@ -19,9 +19,9 @@ from prometheus_client.aiohttp import make_aiohttp_handler
 from consumer.envelope import campaign_uuid
 from consumer.errors import NotNow, Unavailable
 from consumer.health import Health
+from schemas.door import MAX_BODY_BYTES
 
 REQUEST_DEADLINE_S: Final = 10.0  # for a whole request to arrive, and for the next one on an idle connection
-MAX_BODY_BYTES: Final = 1024  # design, section 7: the body is ignored, so a large one is a mistake
 OUTAGE_RETRY_S: Final = 5  # as long as our own longest backoff
 SYNC_STATS: Final = re.compile(r"/api/campaigns/([^/]+)/sync-stats")
 

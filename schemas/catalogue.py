@@ -47,7 +47,7 @@ CHANNELS: Final = (
         model=events.ProspectStatusChangedV1,
         written_by="you",
         summary="A campaign is dirty: one of its prospects changed. A hint, never a delta.",
-        action="Publish one after each commit that changes a prospect's status; for a bulk change one per campaign is enough.",
+        action="Publish one after each commit that changes a status; for a bulk change one per campaign is enough.",
         promises=(
             "The campaign is recounted from its rows after the hint was read.",
             "No hint is lost: its offset moves only after the transaction that covers it.",

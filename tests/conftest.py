@@ -25,6 +25,7 @@ from consumer import broker, migrations
 from consumer.demo.servers import EmbeddedBroker, Postgres, machine_binaries
 from schemas.topics import Topics
 from tests.servers import REPOSITORY, ApacheKafka, java_available
+from tests.witnesses import node_available
 
 T = TypeVar("T")
 
@@ -34,12 +35,18 @@ AVAILABLE = {
     "apache_kafka": java_available(),
     "kcat": shutil.which("kcat") is not None,
     "machine_postgres": machine_binaries() is not None,
+    "node": node_available(),
+    "chromium": node_available() and shutil.which("chromium") is not None,
+    "javac": java_available() and shutil.which("javac") is not None,
 }
 ORDER = ("faults", "unit", "integration", "service")
 NEEDS = (
     ("Java 17 or Maven is", AVAILABLE["apache_kafka"]),
     ("kcat is", AVAILABLE["kcat"]),
     ("a PostgreSQL of the machine's own is", AVAILABLE["machine_postgres"]),
+    ("Node.js or npm is", AVAILABLE["node"]),
+    ("Chromium is", shutil.which("chromium") is not None),
+    ("javac is", shutil.which("javac") is not None),
 )
 not_run: list[str] = []
 os.environ.setdefault("CAMPAIGN_STATS_FAULT_SEED", str(random.randrange(10**6)))  # one for all workers
@@ -63,6 +70,12 @@ def pytest_configure(config: pytest.Config) -> None:
         problems.append("the machine's own PostgreSQL is missing (Debian: postgresql)")
     if REQUIRED and shutil.which("kcat") is None:
         problems.append("kcat is missing (Debian: kcat)")
+    if REQUIRED and not node_available():
+        problems.append("Node.js and npm are missing (Debian: nodejs npm)")
+    if REQUIRED and shutil.which("chromium") is None:
+        problems.append("Chromium is missing (Debian: chromium)")
+    if REQUIRED and shutil.which("javac") is None:
+        problems.append("a Java compiler is missing (Debian: openjdk-17-jdk-headless)")
     if problems:
         raise pytest.UsageError("; ".join(problems))
 

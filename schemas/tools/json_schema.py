@@ -105,3 +105,13 @@ def _property(node: Mapping[str, Any], is_required: bool, side: Side) -> Schema:
 
 def _titleless(schema: Schema) -> Schema:
     return {key: value for key, value in schema.items() if key != "title"}
+
+
+def with_components(node: Any) -> Any:  # Any: JSON Schema is as deep as it likes
+    """The same schema with its references as AsyncAPI and OpenAPI want them."""
+    if isinstance(node, dict):
+        return {
+            key: value.replace("#/$defs/", "#/components/schemas/") if key == "$ref" else with_components(value)
+            for key, value in node.items()
+        }
+    return [with_components(one) for one in node] if isinstance(node, list) else node

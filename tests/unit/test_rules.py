@@ -1,0 +1,133 @@
+"""The rules are sound: of random pairs of schemas neither a value nor jsonschema-rs contradicts what they let pass."""
+
+from copy import deepcopy
+from random import Random
+from typing import Any
+
+import jsonschema_rs
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from schemas.tools import rules, values
+from schemas.tools.json_schema import Schema
+
+NAMES = ["a", "b", "c1"]
+NAME_PATTERNS = ["^[ab]$", "^[a-z][0-9]$"]
+SCALARS = ["x", "yy", 0, 1, True, None, 1.5]
+TYPES = ["null", "boolean", "integer", "number", "string", "array", "object"]
+
+
+def some_schema(random: Random, depth: int = 2) -> Schema:
+    """Any schema of the vocabulary, its bounds never crossed."""
+    kind = random.choice([*TYPES, *TYPES, "enum", "const", "nothing", "anyOf", "two types"])
+    if kind == "enum":
+        return {"enum": random.sample(SCALARS, random.randint(1, 3))}
+    if kind == "const":
+        return {"const": random.choice(SCALARS)}
+    if kind == "nothing" or (kind in ("anyOf", "array", "object") and depth == 0):
+        return {}
+    if kind == "anyOf":
+        return {"anyOf": [some_schema(random, depth - 1) for _ in range(random.randint(1, 3))]}
+    if kind == "two types":
+        first, second = random.sample(["null", "boolean", "integer", "string"], 2)
+        return {"type": [first, second], **some_keywords(random, first, 0), **some_keywords(random, second, 0)}
+    return {"type": kind, **some_keywords(random, kind, depth)}
+
+
+def some_keywords(random: Random, type_: str, depth: int) -> Schema:
+    """Keywords of this type, each as likely to be there as not."""
+    all_: dict[str, Any] = {}
+    if type_ in ("integer", "number"):
+        all_ = {"minimum": random.randint(-2, 0), "maximum": random.randint(1, 3)}
+    if type_ == "string":
+        all_ = random.choice(
+            [
+                {"minLength": random.randint(0, 2), "maxLength": random.randint(2, 4)},
+                {"pattern": random.choice(["^[^\\u0000]*$", "^[a-z]+$", "^[0-9a-f]{2}-x$"])},
+                {"format": random.choice(["uuid", "date-time", "uri"])},
+            ]
+        )
+    if type_ == "array":
+        all_ = {"items": some_schema(random, depth - 1)}
+    if type_ == "object":
+        all_ = {
+            "properties": {name: some_schema(random, depth - 1) for name in random.sample(NAMES, random.randint(1, 3))},
+            "required": random.sample(NAMES, random.randint(1, 2)),
+            "additionalProperties": random.choice([True, False, some_schema(random, depth - 1)]),
+            "patternProperties": {random.choice(NAME_PATTERNS): some_schema(random, depth - 1)},
+        }
+    return {key: one for key, one in all_.items() if random.random() < 0.5}
+
+
+def changed(random: Random, schema: Schema) -> Schema:
+    """The schema loosened, tightened or replaced at one place, maybe deep inside."""
+    whole = deepcopy(schema)
+    below: list[tuple[Any, Any]] = []  # what holds a schema, and the key of it there
+    below += [(whole, key) for key in ("additionalProperties", "items") if isinstance(whole.get(key), dict)]
+    below += [(whole[key], name) for key in ("properties", "patternProperties") for name in whole.get(key, ())]
+    below += [(whole["anyOf"], number) for number in range(len(whole.get("anyOf", ())))]
+    if below and random.random() < 0.6:
+        holder, key = random.choice(below)
+        holder[key] = changed(random, holder[key])
+        return whole
+    how = random.choice(["keyword", "keyword", "less", "more", "other", "same"])
+    types = whole.get("type", [])
+    if how == "keyword" and types:
+        return whole | some_keywords(random, types if isinstance(types, str) else types[0], 1)
+    if how == "less" and whole:
+        del whole[random.choice(sorted(whole))]
+    if how == "more":
+        return {"anyOf": [some_schema(random, 0), whole]}
+    return some_schema(random) if how == "other" else whole
+
+
+def search_for_a_lie(pairs: int, *phases: Phase) -> list[bool]:
+    """Of each pair whether the rules say that it fits; AssertionError when a value or jsonschema-rs contradicts them."""
+    said: list[bool] = []
+
+    @settings(
+        max_examples=pairs,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=phases or tuple(Phase),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.integers(0, 2**64), st.data())
+    def search(seed: int, data: st.DataObject) -> None:
+        random = Random(seed)  # hypothesis itself would draw simple schemas again and again
+        writer = some_schema(random)
+        reader = changed(random, writer)
+        said.append(not rules.misfits(writer, reader))
+        if not said[-1]:
+            return
+        one, other = (jsonschema_rs.canonicalize(schema, validate_formats=True) for schema in (writer, reader))
+        assert other.covers(one) is not jsonschema_rs.canonical.Containment.NO, (writer, reader)
+        for _ in range(3):
+            value = data.draw(values.strategy(rules.inlined(writer)))
+            assert rules.takes(writer, value), (writer, value)
+            assert rules.takes(reader, value), (writer, reader, value)
+
+    search()
+    return said
+
+
+def test_what_the_rules_let_pass_nothing_contradicts() -> None:
+    said = search_for_a_lie(500)
+    assert min(said.count(True), said.count(False)) > 100  # else little was shown
+
+
+@pytest.mark.parametrize("blind_to", ["minimum", "maxLength", "pattern", "format"])
+def test_rules_without_a_keyword_are_caught_in_a_lie(blind_to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    blind = {type_: keywords - {blind_to} for type_, keywords in rules.OF_TYPE.items()}
+    monkeypatch.setattr(rules, "OF_TYPE", blind)
+    with pytest.raises(AssertionError):
+        search_for_a_lie(500, Phase.generate)
+
+
+def test_rules_that_know_no_required_fields_are_caught_in_a_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = rules._objects
+    monkeypatch.setattr(rules, "_objects", lambda writer, reader, path: compare(writer, reader | {"required": []}, path))
+    with pytest.raises(AssertionError):
+        search_for_a_lie(500, Phase.generate)

@@ -1,0 +1,56 @@
+"""Validators that are not ours and not Python's: Node.js with the packages of `tests/node`, fetched once per clone."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, Final
+
+REPOSITORY: Final = Path(__file__).parent.parent
+SCRIPTS: Final = REPOSITORY / "tests" / "node"
+
+
+def node_available() -> bool:
+    """Whether this machine has Node.js, and npm to fetch packages."""
+    return shutil.which("node") is not None and shutil.which("npm") is not None
+
+
+def node_modules() -> Path:
+    """The folder with the packages of `tests/node`, as locked there. Raises RuntimeError when npm cannot fetch them."""
+    lock = (SCRIPTS / "package-lock.json").read_bytes()
+    place = REPOSITORY / ".cache" / "node"
+    place.parent.mkdir(exist_ok=True)
+    with (place.parent / "node.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        fetched = place / "fetched-package-lock.json"  # written last
+        if not fetched.exists() or fetched.read_bytes() != lock:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            for name in ("package.json", "package-lock.json"):
+                shutil.copy(SCRIPTS / name, place / name)
+            done = subprocess.run(
+                ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"],
+                cwd=place, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+            if done.returncode != 0:
+                raise RuntimeError(f"npm could not fetch the validators:\n{(done.stdout + done.stderr)[-2000:]}")
+            fetched.write_bytes(lock)
+    return place / "node_modules"
+
+
+def node(script: str, *arguments: str, given: object = None, timeout_s: float = 120) -> Any:
+    """Run a script of `tests/node` with `given` as JSON on stdin; what it prints, parsed. Raises RuntimeError."""
+    done = subprocess.run(
+        ["node", SCRIPTS / script, *arguments],
+        env={**os.environ, "NODE_PATH": str(node_modules())},
+        input=json.dumps(given), capture_output=True, text=True, check=False, timeout=timeout_s,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise RuntimeError(f"{script}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-2000:]}")
+    return json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    print(node_modules())
