@@ -1,5 +1,6 @@
 """What each topic promises, for people and for the generated documents: AsyncAPI, README, page. Needs pydantic only."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -108,11 +109,19 @@ CHANNELS: Final = (
     ),
 )
 
+UNKNOWN_VALUES: Final[Mapping[type[events.Listed], str]] = {
+    events.Trigger: "Of a newer release: no special case.",
+    events.RejectionReason: "Of a newer release: ask again later.",
+    events.PauseReason: "Of a newer release: a pause like any other.",
+    events.DeadLetterReason: "Of a newer release: a record like the others, kept and not read.",
+}
+"""What a reader makes of a value that is not in the list it knows."""
+
 DEAD_LETTER_HEADERS: Final[dict[str, str]] = {
     "dead-letter-topic": "Topic the record came from.",
     "dead-letter-partition": "Its partition, a decimal number.",
     "dead-letter-offset": "Its offset, or `first-last` for records that could not be handed out.",
-    "dead-letter-reason": "Why: one of the closed list below.",
+    "dead-letter-reason": "Why: one of the closed list `dead-letter-reason`.",
     "dead-letter-error": "JSON path or header, what was expected, and the fix; never what was sent.",
     "dead-letter-time": "When it was set aside, RFC 3339 in UTC.",
 }

@@ -205,11 +205,21 @@ class Stats(_Written):
     sent: Count = Field(description="Prospects whose status is `sent`: mailed, nothing heard yet.")
     replied: Count = Field(description="Prospects whose status is `replied`.")
     bounced: Count = Field(description="Prospects whose status is `bounced`.")
-    completed: Count | None = Field(default=None, description="Prospects; absent when there are none.")
-    timed_out: Count | None = Field(default=None, description="Prospects; absent when there are none.")
-    connection_sent: Count | None = Field(default=None, description="LinkedIn prospects; absent when there are none.")
-    connected: Count | None = Field(default=None, description="LinkedIn prospects; absent when there are none.")
-    message_sent: Count | None = Field(default=None, description="LinkedIn prospects; absent when there are none.")
+    completed: Count | None = Field(
+        default=None, description="Prospects whose status is `completed`; absent when there are none."
+    )
+    timed_out: Count | None = Field(
+        default=None, description="Prospects whose status is `timed_out`; absent when there are none."
+    )
+    connection_sent: Count | None = Field(
+        default=None, description="Prospects whose status is `connection_sent` (LinkedIn); absent when there are none."
+    )
+    connected: Count | None = Field(
+        default=None, description="Prospects whose status is `connected` (LinkedIn); absent when there are none."
+    )
+    message_sent: Count | None = Field(
+        default=None, description="Prospects whose status is `message_sent` (LinkedIn); absent when there are none."
+    )
 
 
 class Campaign(_Written):
@@ -267,7 +277,7 @@ class CampaignPausedV1(_Written):
 
     campaign_id: LowerId = Field(description="The campaign, in lower case.")
     user_id: LowerId = Field(description="Its owner, in lower case.")
-    reason: AnyPause = Field(description="Why; treat an unknown one as a pause like any other.")
+    reason: AnyPause = Field(description="Why it was paused; treat an unknown one as a pause like any other.")
     version: int = Field(description="The same as of the stats_updated that comes with it.")
     sent: Count = Field(description="Contacted prospects in the window.")
     bounced: Count = Field(description="How many of those bounced.")

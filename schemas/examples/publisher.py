@@ -68,14 +68,16 @@ async def main(is_binary: bool, words: list[str]) -> None:
     """One transaction and one hint for each prospect; after a bulk change one hint per campaign is enough."""
     lines = iter([f"{prospect} {words[0]}" for prospect in words[1:]] or sys.stdin)
     db, producer = await asyncpg.connect(os.environ["DATABASE_URL"]), None
-    while line := await asyncio.to_thread(next, lines, ""):
-        event = await change(db, *line.split())
-        # A crash here loses the hint: the service's sweep finds the campaign within minutes. If that is too late, write
-        # the hint into an outbox table in the same transaction, and publish from there.
-        producer = await publish(producer, event, is_binary)
-    if producer is not None:
-        await producer.stop()
-    await db.close()
+    try:
+        while line := await asyncio.to_thread(next, lines, ""):
+            event = await change(db, *line.split())
+            # A crash here loses the hint: the service's sweep finds the campaign within minutes. If that is too late,
+            # write the hint into an outbox table in the same transaction, and publish from there.
+            producer = await publish(producer, event, is_binary)
+    finally:
+        if producer is not None:
+            await producer.stop()
+        await db.close()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Final
 import orjson
 import yaml
 
-from schemas.tools import asyncapi, json_schema, openapi, readme
+from schemas.tools import asyncapi, json_schema, openapi, page, readme
 
 SCHEMAS: Final = Path(__file__).resolve().parents[1]
 BY_HAND: Final = "# Written by `make schemas` from the models in schemas/; do not edit.\n"
@@ -49,6 +49,7 @@ def generated() -> Iterator[tuple[str, str]]:
     yield "asyncapi.yaml", to_yaml(asyncapi.document(version))
     yield "openapi.yaml", to_yaml(openapi.document(version))
     yield "README.md", readme.render((SCHEMAS / "README.md").read_text())
+    yield "index.html", page.render(version)
 
 
 def main() -> int:

@@ -1,36 +1,25 @@
-"""The little Markdown that README.md and CHANGELOG.md use, as HTML: headings, paragraphs, lists, fences, inline marks.
+"""Markdown as README.md and CHANGELOG.md use it, as HTML with anchors. Everything is escaped.
 
-Everything is escaped. A link to another host becomes text with its address: the page refers to nothing outside.
+A link to another host becomes text with its address: the page refers to nothing outside.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from html import escape
-from itertools import groupby
 from typing import Final
 
-FENCE: Final = "```"
-_INLINE: Final = re.compile(r"`(?P<code>[^`]+)`|\*\*(?P<bold>.+?)\*\*|\[(?P<text>[^\]]+)\]\((?P<target>[^)\s]+)\)")
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+INSIDE: Final = re.compile(r"#?[\w./-]+(#[\w.-]+)?")
+_MARKDOWN: Final = MarkdownIt("js-default", {"html": False, "linkify": False}).enable("table")
 
 
 def inline(text: str) -> str:
     """Text without blocks."""
-    parts: list[str] = []
-    done = 0
-    for match in _INLINE.finditer(text):
-        parts += [escape(text[done : match.start()], quote=False), _mark(match)]
-        done = match.end()
-    return "".join([*parts, escape(text[done:], quote=False)])
-
-
-def _mark(match: re.Match[str]) -> str:
-    if match["code"]:
-        return f"<code>{escape(match['code'], quote=False)}</code>"
-    if match["bold"]:
-        return f"<strong>{inline(match['bold'])}</strong>"
-    if not re.fullmatch(r"#?[\w./-]+(#[\w.-]+)?", match["target"]):
-        return f"{inline(match['text'])} ({escape(match['target'], quote=False)})"
-    return f'<a href="{escape(match["target"])}">{inline(match["text"])}</a>'
+    tokens = _MARKDOWN.parseInline(text)
+    _turn_links_outside_into_text(tokens)
+    return _rendered(tokens)
 
 
 def heading(level: int, at: str, html: str) -> str:
@@ -53,40 +42,40 @@ def section(text: str, title: str) -> str:
 
 def blocks(text: str, anchor: str) -> str:
     """Whole sections, headings one level deeper; the id of a heading is `anchor`, the headings above it and its own."""
-    parts: list[str] = []
+    tokens = _MARKDOWN.parse(text)
     above: list[str] = []
-    for mark, group in groupby(_blocks(text), key=lambda block: block[0]):
-        texts = [one for _, one in group]
-        if mark == "-":
-            parts.append(f"<ul>{''.join(f'<li>{inline(one)}</li>' for one in texts)}</ul>")
-        elif mark == FENCE:
-            parts += [f'<pre tabindex="0"><code>{escape(one, quote=False)}</code></pre>' for one in texts]
-        elif mark:
-            above = [*above[: len(mark) - 2], slug(texts[-1])]
-            parts.append(heading(len(mark) + 1, "-".join([anchor, *above]), inline(texts[-1])))
-        else:
-            parts += [f"<p>{inline(one)}</p>" for one in texts]
-    return "\n".join(parts)
+    for token, content in zip(tokens, [*tokens[1:], None], strict=True):
+        _turn_links_outside_into_text([token])
+        if token.type == "heading_open" and content is not None:
+            level = int(token.tag[1])
+            above = [*above[: level - 2], slug(content.content)]
+            token.tag = f"h{level + 1}"
+            at = "-".join([anchor, *above])
+            token.attrSet("id", at)
+            link, end = Token("link_open", "a", 1, attrs={"href": f"#{at}"}), Token("link_close", "a", -1)
+            content.children = [link, *(content.children or []), end]
+        elif token.type == "heading_close":
+            token.tag = f"h{int(token.tag[1]) + 1}"
+        elif token.type == "fence":
+            token.type, token.info = "code_block", ""
+            token.attrSet("tabindex", "0")
+    return _rendered(tokens).strip()
 
 
-def _blocks(text: str) -> Iterator[tuple[str, str]]:
-    """Mark (`##`, `-`, a fence, empty for a paragraph) and text of each block, its lines joined."""
-    mark, held = "", list[str]()
-    for line in text.splitlines():
-        found = re.match(rf"({FENCE}|#+(?= )|-(?= )) *(.*)", line)
-        if mark == FENCE:
-            if line.startswith(FENCE):
-                yield mark, "\n".join(held)
-                mark, held = "", []
-            else:
-                held.append(line)
-        elif found or not line.strip() or mark.startswith("#"):
-            if held:
-                yield mark, " ".join(held)
-            mark = found[1] if found else ""
-            said = found[2] if found else line.strip()
-            held = [said] if said and mark != FENCE else []
-        else:
-            held.append(line.strip())
-    if held:
-        yield mark, " ".join(held)
+def _rendered(tokens: Sequence[Token]) -> str:
+    return str(_MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {}))
+
+
+def _turn_links_outside_into_text(tokens: Sequence[Token]) -> None:
+    for token in tokens:
+        kept: list[Token] = []
+        outside: list[str] = []
+        for child in token.children or []:
+            if child.type == "link_open" and not INSIDE.fullmatch(str(child.attrs["href"])):
+                outside.append(str(child.attrs["href"]))
+            elif child.type == "link_close" and outside:
+                kept.append(Token("text", "", 0, content=f" ({outside.pop()})"))
+            elif child.type != "image":
+                kept.append(child)
+        if token.children is not None:
+            token.children = kept

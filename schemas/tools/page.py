@@ -5,14 +5,14 @@ Its texts are those of the models, the catalogue, the door, the examples, README
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Final
 
 from schemas import door
-from schemas.catalogue import CHANNELS, DEAD_LETTER_HEADERS, DEAD_LETTER_RETENTION
-from schemas.events import DeadLetterReason, Envelope, Incoming, Listed, PauseReason, RejectionReason, Trigger
+from schemas.catalogue import CHANNELS, DEAD_LETTER_HEADERS, DEAD_LETTER_RETENTION, UNKNOWN_VALUES
+from schemas.events import Envelope, Incoming
 from schemas.tools import json_schema, openapi
 from schemas.tools.fields import anchor_of, fields_table, rows, table
 from schemas.tools.listing import listing
@@ -30,25 +30,6 @@ SUMMARY: Final = (
     "campaign-stats keeps campaign statistics true and stops campaigns whose mail bounces. This page says what you may "
     "send to it, what it tells you, and what both can rely on: CloudEvents in JSON on Kafka, and one call over HTTP."
 )
-GUARANTEES: Final = """
-- **At least once.** No hint, request or news is lost; each may come again.
-- **One stable `id` per fact.** A repeat has the `id` it had before.
-- **One `version` per recount.** It only rises for a campaign: drop what is not newer than what you have.
-- **An answer names its request.** Its `causationid` is the request's `id`.
-- **Nothing personal on the bus.** No addresses, no names of prospects, no signatures in any event.
-"""
-COMPATIBILITY: Final = """
-Within a version of a type only such things change as nobody notices who ignores what he does not know: fields that may
-be absent are added, closed lists grow. Anything else is a new version of the type, with a name of its own. What was
-released is kept for ever, and every change is held against all of it. How, and what exactly is compatible:
-[README.md](README.md).
-"""
-UNKNOWN: Final[Mapping[type[Listed], str]] = {
-    Trigger: "One of a newer release: no special case.",
-    RejectionReason: "One of a newer release: ask again later.",
-    PauseReason: "One of a newer release: a pause like any other.",
-    DeadLetterReason: "One of a newer release: a record like the others here, kept and not read.",
-}
 RULES: Final = ("If you publish", "If you subscribe")
 ENVELOPES: Final = (
     ("incoming", "What you publish", Incoming),
@@ -69,9 +50,9 @@ def render(version: str) -> str:
         ("closed-lists", "Closed lists", _lists(readme), lists),
         ("dead-letters", "Dead letters", _dead_letters(readme), ()),
         ("door", "The sync-stats door", _door(version), ()),
-        ("guarantees", "Guarantees", _guarantees(readme), [(slug(one), one) for one in RULES]),
+        ("guarantees", "Promises", _guarantees(readme), [(slug(one), one) for one in RULES]),
         ("change-records", "Change records", blocks(changes, "change-records"), ()),
-        ("compatibility", "Compatibility", blocks(COMPATIBILITY, "compatibility"), ()),
+        ("compatibility", "A new version", blocks(section(readme, "A new version"), "compatibility"), ()),
         ("files", "Files", _files(), ()),
         ("changes", "Change history", blocks(history, "changes"), _versions(history)),
     )
@@ -140,7 +121,8 @@ def _glance() -> str:
     lines.append(line(DEAD_LETTERS, "dead-letters", service, "as it came", operators))
     return f"""<ol class="flow">
 <li><strong>You publish</strong>{links(True)}</li>
-<li><strong>The service</strong><span>counts the campaign's rows again, pauses it if its mail bounces, tells</span></li>
+<li><strong>The service</strong>
+<span>recounts the campaign from its rows, pauses it when its mail bounces, and says so</span></li>
 <li><strong>You subscribe</strong>{links(False)}</li>
 </ol>
 <p>Or ask and wait over HTTP: <a href="#door">the sync-stats door</a>.</p>
@@ -163,16 +145,16 @@ def _lists(readme: str) -> str:
     for title, values in LISTS:
         at = anchor_of(values)
         lines = [(f"{at}-{one}", (f"<code>{one}</code>", inline(one.meaning))) for one in values]
-        lines.append((f"{at}-unknown", ("any other", inline(UNKNOWN[values]))))
+        lines.append((f"{at}-unknown", ("any other", inline(UNKNOWN_VALUES[values]))))
         parts += [heading(3, at, inline(title)), f"<p>{inline(values.__doc__ or '')}</p>"]
         parts.append(table("list", title.replace("`", ""), ("Value", "Meaning"), lines))
     return "\n".join(parts)
 
 
 def _dead_letters(readme: str) -> str:
-    lines = [(name, (f"<code>{name}</code>", inline(text))) for name, text in DEAD_LETTER_HEADERS.items()]
+    headers = [(f"header-{name}", (f"<code>{name}</code>", inline(text))) for name, text in DEAD_LETTER_HEADERS.items()]
     return f"""{blocks(section(readme, "Dead letters"), "dead-letters")}
-{table("list", "Headers of a dead letter", ("Header", "What it says"), [(f"header-{at}", cells) for at, cells in lines])}
+{table("list", "Headers of a dead letter", ("Header", "What it says"), headers)}
 <p>Their topic is <code>{DEAD_LETTERS}</code>, kept {inline(DEAD_LETTER_RETENTION)} Their reasons are a
 <a href="#dead-letter-reason">closed list</a>.</p>"""
 
@@ -212,12 +194,14 @@ def _refusal(refusal: door.Refusal) -> tuple[str, str, str]:
 
 def _guarantees(readme: str) -> str:
     rules = [heading(3, slug(title), title) + "\n" + blocks(section(readme, title), slug(title)) for title in RULES]
-    return "\n".join([blocks(GUARANTEES, "guarantees"), *rules])
+    return "\n".join([blocks(section(readme, "Promises"), "guarantees"), *rules])
 
 
 def _files() -> str:
+    sides: tuple[json_schema.Side, ...] = ("writer", "reader")
+
     def links(event_type: str, form: json_schema.Form) -> str:
-        names = {side: json_schema.name_of(event_type, form, side) for side in ("writer", "reader")}  # type: ignore[arg-type]
+        names = {side: json_schema.name_of(event_type, form, side) for side in sides}
         return ", ".join(f'<a href="json/{name}">{side}</a>' for side, name in names.items())
 
     lines = [

@@ -3,7 +3,7 @@
 import re
 from typing import Final
 
-from schemas.catalogue import CHANNELS, DEAD_LETTER_HEADERS, DEAD_LETTER_RETENTION
+from schemas.catalogue import CHANNELS, DEAD_LETTER_HEADERS, DEAD_LETTER_RETENTION, UNKNOWN_VALUES
 from schemas.events import DeadLetterReason, Listed, PauseReason, RejectionReason, Trigger
 from schemas.tools import examples
 from schemas.topics import DEAD_LETTERS
@@ -59,7 +59,8 @@ def _anchor(heading: str) -> str:
 def _lists() -> str:
     lines: list[str] = []
     for title, values in LISTS:
-        lines += [f"{title}:", "", *(f"- `{value}`: {value.meaning}" for value in values), ""]
+        lines += [f"{title}:", "", *(f"- `{value}`: {value.meaning}" for value in values)]
+        lines += [f"- any other: {UNKNOWN_VALUES[values]}", ""]
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ const Ajv2020 = require("ajv/dist/2020").default;
 const addFormats = require("ajv-formats").default;
 
 const judged = JSON.parse(readFileSync(0, "utf8")).map(({ schema, documents }) => {
-  const ajv = new Ajv2020({ allErrors: true, strict: true, allowUnionTypes: true, strictTypes: false });
+  const ajv = new Ajv2020({ allErrors: true, strict: true, allowUnionTypes: true, strictTypes: false, allowMatchingProperties: true });
   addFormats(ajv);
   ajv.addKeyword("x-listed");
   const validate = ajv.compile(schema);

@@ -1,9 +1,11 @@
 """The contracts against the running service: what it does with every example, and what it writes itself."""
 
+import asyncio
+import copy
 import hashlib
 import json
 import os
-import subprocess
+import re
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +16,7 @@ import aiohttp
 import asyncpg
 import jsonschema_rs
 import pytest
+import yaml
 from cloudevents.core.bindings.kafka import (
     KafkaMessage,
     from_kafka_event,
@@ -108,10 +111,14 @@ async def test_every_good_example_is_served_and_every_request_answered_in_both_m
 
     await eventually(answers, "every request is answered as it should be", running)
 
+    expected = {
+        "status_hint": 2 * len(examples.good(events.STATUS_CHANGED)),
+        "sync_request": 2 * len(examples.good(events.SYNC_REQUESTED)),
+    }
+
     async def all_served() -> bool:
         metrics = await running.metrics()
-        served = sum(value for name, value in metrics.items() if name.startswith("campaign_stats_events_total"))
-        return served >= 2 * sum(len(examples.good(one)) for one in (events.STATUS_CHANGED, events.SYNC_REQUESTED))
+        return {kind: metrics[f'campaign_stats_records_total{{kind="{kind}"}}'] for kind in expected} == expected
 
     await eventually(all_served, "every example is served", running)
     assert await bus.read(bus.topics.dead_letters) == []
@@ -234,16 +241,35 @@ async def test_the_door_answers_nothing_that_its_document_does_not_name(
     """schemathesis: many calls made from the document, each answer held against it."""
     await add_campaign(db, REFERENCE, id=CAMPAIGN)
     running = await open_door(service, environment, api_rate_per_minute=0)
-    ran = subprocess.run(
-        [
-            Path(sys.executable).parent / "schemathesis", "run", SCHEMAS / "openapi.yaml",
+    document = yaml.safe_load((SCHEMAS / "openapi.yaml").read_text())
+
+    async def judged(answers: set[str]) -> tuple[int, str]:
+        """Exit code and report when the document names only these answers."""
+        responses = document["paths"][door.PATH]["post"]["responses"]
+        kept = {status: answer for status, answer in responses.items() if status in answers}
+        changed = copy.deepcopy(document)
+        changed["paths"][door.PATH]["post"]["responses"] = kept
+        (tmp_path / "openapi.json").write_text(json.dumps(changed))
+        process = await asyncio.create_subprocess_exec(
+            Path(sys.executable).parent / "schemathesis", "run", "openapi.json",
             "--url", f"http://127.0.0.1:{running.api_port}", "--header", f"Authorization: Bearer {TOKEN}",
-            "--checks", "all", "--max-examples", "60", "--phases", "examples,coverage,fuzzing",
+            "--checks", "all", "--max-examples", "50", "--phases", "examples,coverage,fuzzing",
             "--seed", os.environ["CAMPAIGN_STATS_FAULT_SEED"], "--no-color",
-        ],
-        capture_output=True, text=True, check=False, timeout=180, cwd=tmp_path,
-    )  # fmt: skip
-    assert ran.returncode == 0, (ran.stdout + ran.stderr)[-6000:]
+            cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        async with asyncio.timeout(180):
+            report, _ = await process.communicate()
+        return process.returncode or 0, report.decode()
+
+    every = {"200", *(str(one.status) for one in door.REFUSALS)}
+    code, report = await judged(every)
+    assert code == 0, report[-6000:]
+    cases = re.search(r"(\d+) generated", report)
+    assert cases is not None, report[-2000:]
+    assert int(cases[1]) >= 50
+    code, report = await judged(every - {"404"})  # the control
+    assert code == 1
+    assert "404" in report
 
 
 async def test_the_door_answers_and_refuses_in_the_words_of_its_document(

@@ -118,7 +118,14 @@ DEPRECATED = "### Deprecated\n- `campaign.paused.v1`; read `campaign.paused.v2`.
         (f"## 0.4.0 - 2027-04-01\n## 0.3.0 - 2027-02-01\n## 0.2.0 - 2027-01-01\n{DEPRECATED}", ""),
         (f"## 1.1.0 - 2027-04-01\n## 1.0.0 - 2027-02-01\n## 0.2.0 - 2027-01-01\n{DEPRECATED}", ""),
     ],
-    ids=["not deprecated", "just deprecated", "one minor release", "too early by a day", "done", "over a major release"],
+    ids=[
+        "not deprecated",
+        "just deprecated",
+        "one minor release",
+        "too early by a day",
+        "done",
+        "over a major release",
+    ],
 )
 def test_v1_goes_two_minor_releases_and_90_days_after_it_was_deprecated(
     headings: str, why: str, tmp_path: Path

@@ -1,13 +1,12 @@
 """The rules are sound: of random pairs of schemas neither a value nor jsonschema-rs contradicts what they let pass."""
 
+from collections.abc import Iterator
 from copy import deepcopy
 from random import Random
 from typing import Any
 
 import jsonschema_rs
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 from schemas.tools import rules, values
 from schemas.tools.json_schema import Schema
@@ -20,7 +19,7 @@ TYPES = ["null", "boolean", "integer", "number", "string", "array", "object"]
 
 def some_schema(random: Random, depth: int = 2) -> Schema:
     """Any schema of the vocabulary, its bounds never crossed."""
-    kind = random.choice([*TYPES, *TYPES, "enum", "const", "nothing", "anyOf", "two types"])
+    kind = random.choice([*TYPES, *TYPES, *["object"] * 5, "enum", "const", "nothing", "anyOf", "two types"])
     if kind == "enum":
         return {"enum": random.sample(SCALARS, random.randint(1, 3))}
     if kind == "const":
@@ -82,40 +81,26 @@ def changed(random: Random, schema: Schema) -> Schema:
     return some_schema(random) if how == "other" else whole
 
 
-def search_for_a_lie(pairs: int, *phases: Phase) -> list[bool]:
-    """Of each pair whether the rules say that it fits; AssertionError when a value or jsonschema-rs contradicts them."""
-    said: list[bool] = []
-
-    @settings(
-        max_examples=pairs,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=phases or tuple(Phase),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.integers(0, 2**64), st.data())
-    def search(seed: int, data: st.DataObject) -> None:
-        random = Random(seed)  # hypothesis itself would draw simple schemas again and again
+def search_for_a_lie(pairs: int) -> list[bool]:
+    """Of each pair whether the rules say that it fits; AssertionError when a value or jsonschema-rs contradicts."""
+    said = []
+    for seed in range(pairs):
+        random = Random(seed)
         writer = some_schema(random)
         reader = changed(random, writer)
         said.append(not rules.misfits(writer, reader))
-        if not said[-1]:
-            return
-        one, other = (jsonschema_rs.canonicalize(schema, validate_formats=True) for schema in (writer, reader))
-        assert other.covers(one) is not jsonschema_rs.canonical.Containment.NO, (writer, reader)
-        for _ in range(3):
-            value = data.draw(values.strategy(rules.inlined(writer)))
-            assert rules.takes(writer, value), (writer, value)
-            assert rules.takes(reader, value), (writer, reader, value)
-
-    search()
+        if said[-1]:
+            one, other = (jsonschema_rs.canonicalize(schema, validate_formats=True) for schema in (writer, reader))
+            assert other.covers(one) is not jsonschema_rs.canonical.Containment.NO, (writer, reader)
+            if one.satisfiability() is not jsonschema_rs.canonical.Satisfiability.NO:
+                _, refused = values.tried(writer, reader, 20)
+                assert refused is None, (writer, reader, refused)
     return said
 
 
 def test_what_the_rules_let_pass_nothing_contradicts() -> None:
-    said = search_for_a_lie(500)
-    assert min(said.count(True), said.count(False)) > 100  # else little was shown
+    said = search_for_a_lie(300)
+    assert min(said.count(True), said.count(False)) > 75  # else little was shown
 
 
 @pytest.mark.parametrize("blind_to", ["minimum", "maxLength", "pattern", "format"])
@@ -123,11 +108,15 @@ def test_rules_without_a_keyword_are_caught_in_a_lie(blind_to: str, monkeypatch:
     blind = {type_: keywords - {blind_to} for type_, keywords in rules.OF_TYPE.items()}
     monkeypatch.setattr(rules, "OF_TYPE", blind)
     with pytest.raises(AssertionError):
-        search_for_a_lie(500, Phase.generate)
+        search_for_a_lie(300)
 
 
 def test_rules_that_know_no_required_fields_are_caught_in_a_lie(monkeypatch: pytest.MonkeyPatch) -> None:
-    compare = rules._objects
-    monkeypatch.setattr(rules, "_objects", lambda writer, reader, path: compare(writer, reader | {"required": []}, path))
+    objects = rules._objects
+
+    def blind(writer: Schema, reader: Schema, path: str) -> Iterator[rules.Misfit]:
+        return objects(writer, reader | {"required": []}, path)
+
+    monkeypatch.setattr(rules, "_objects", blind)
     with pytest.raises(AssertionError):
-        search_for_a_lie(500, Phase.generate)
+        search_for_a_lie(300)
