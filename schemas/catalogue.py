@@ -1,5 +1,6 @@
 """What each topic promises, for people and for the generated documents: AsyncAPI, README, page. Needs pydantic only."""
 
+import builtins
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -15,7 +16,7 @@ class Channel:
     """One event type on its topic. `written_by`: who publishes it, seen from a neighbour."""
 
     type: str
-    model: type[BaseModel]
+    model: builtins.type[BaseModel]
     written_by: Literal["you", "the service"]
     summary: str
     action: str

@@ -48,7 +48,7 @@ class Listed(StrEnum):
 
     meaning: str
 
-    def __new__(cls, value: str, meaning: str) -> "Listed":
+    def __new__(cls, value: str, meaning: str = "") -> "Listed":
         """A member is its text; `meaning` says in a sentence what it stands for."""
         member = str.__new__(cls, value)
         member._value_ = value

@@ -8,7 +8,7 @@ from typing import Any, Final
 from schemas.catalogue import CHANNELS, DEAD_LETTER_HEADERS, DEAD_LETTER_RETENTION, Channel
 from schemas.events import CAMPAIGN_ID_PATTERN, NO_NUL, DeadLetterReason
 from schemas.tools import examples
-from schemas.tools.json_schema import Schema, schema_of, with_components
+from schemas.tools.json_schema import Schema, Side, schema_of, with_components
 from schemas.topics import DEAD_LETTERS
 
 BINDING: Final = "0.5.0"
@@ -93,7 +93,7 @@ def document(version: str) -> Schema:
 
 
 def _message(channel: Channel, mode: str, schemas: dict[str, Schema]) -> Schema:
-    side = "writer" if channel.is_read else "reader"
+    side: Side = "writer" if channel.is_read else "reader"
     schema = schema_of(channel, "event" if mode == "structured" else "data", side)
     name = f"{channel.type}.{'event' if mode == 'structured' else 'data'}"
     for defined, one in schema.pop("$defs", {}).items():

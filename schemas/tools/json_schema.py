@@ -38,7 +38,7 @@ def schema_of(channel: Channel, form: Form, side: Side) -> Schema:
     """A schema that stands alone."""
     model: type[BaseModel] = channel.model
     if form == "event":
-        model = (Incoming if channel.is_read else Envelope)[model]  # type: ignore[valid-type]  # known at run time only
+        model = whole(channel)
     schema = shaped(model, side)
     if form == "event":
         _name_the_type(schema, channel, side)
@@ -49,6 +49,13 @@ def schema_of(channel: Channel, form: Form, side: Side) -> Schema:
         "title": f"{channel.type}: {which}; for {side}s",
         **schema,
     }
+
+
+def whole(channel: Channel) -> type[BaseModel]:
+    """The model of the whole event."""
+    envelope: Any = Incoming if channel.is_read else Envelope  # Any: what it wraps is known at run time only
+    model: type[BaseModel] = envelope[channel.model]
+    return model
 
 
 def shaped(model: type[BaseModel], side: Side) -> Schema:

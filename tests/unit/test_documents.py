@@ -19,7 +19,7 @@ from schemas import catalogue, door, events
 from schemas.events import DeadLetterReason, Listed, PauseReason, RejectionReason, Trigger
 from schemas.tools import examples
 from schemas.tools.__main__ import SCHEMAS, generated
-from schemas.tools.json_schema import Form, Side, documents, name_of
+from schemas.tools.json_schema import Form, Side, documents, name_of, whole
 from schemas.topics import TOPIC_OF, Topics
 from tests.witnesses import node
 
@@ -97,12 +97,11 @@ def test_there_are_examples_enough_and_each_bad_one_is_explained() -> None:
 @pytest.mark.parametrize("event_type", TYPES)
 def test_good_examples_are_taken_by_both_sides_and_by_the_models(event_type: str) -> None:
     [channel] = [one for one in catalogue.CHANNELS if one.type == event_type]
-    model = events.Incoming if channel.is_read else events.Envelope
     for name, event in examples.parsed(event_type).items():
         for side in ("writer", "reader"):
-            assert places(validator(event_type, "event", side), event) == set(), name  # type: ignore[arg-type]
-            assert places(validator(event_type, "data", side), event["data"]) == set(), name  # type: ignore[arg-type]
-        assert model[channel.model].model_validate_json(json.dumps(event)).type == event_type  # type: ignore[name-defined]
+            assert places(validator(event_type, "event", side), event) == set(), name
+            assert places(validator(event_type, "data", side), event["data"]) == set(), name
+        assert getattr(whole(channel).model_validate_json(json.dumps(event)), "type", None) == event_type
 
 
 def readable(value: bytes) -> Any:
@@ -201,7 +200,7 @@ def test_a_validator_in_another_language_agrees_on_every_example() -> None:
         read = {name: readable(value) for name, value in candidates.items()}
         known = {name: document for name, document in read.items() if document is not None}
         for side in ("writer", "reader"):
-            one = schema(event_type, "event", side)  # type: ignore[arg-type]
+            one = schema(event_type, "event", side)
             asked.append({"schema": one, "documents": list(known.values())})
             judge = jsonschema_rs.Draft202012Validator(one, validate_formats=True)
             ours.append([judge.is_valid(document) for document in known.values()])
@@ -242,7 +241,6 @@ def test_a_reader_takes_values_of_a_list_that_it_does_not_know() -> None:
     assert {one.type for one in unknown} == {events.STATS_UPDATED, events.SYNC_REJECTED, events.PAUSED}
     for one in unknown:
         [channel] = [channel for channel in catalogue.CHANNELS if channel.type == one.type]
-        event = events.Envelope[channel.model].model_validate_json(one.value)  # type: ignore[name-defined]
-        assert event.type == one.type
+        assert getattr(whole(channel).model_validate_json(one.value), "type", None) == one.type
     known = events.Envelope[events.CampaignPausedV1].model_validate_json(examples.good(events.PAUSED)["six-of-120"])
     assert isinstance(known.data.reason, Listed)

@@ -108,7 +108,7 @@ def test_rules_without_a_keyword_are_caught_in_a_lie(blind_to: str, monkeypatch:
     blind = {type_: keywords - {blind_to} for type_, keywords in rules.OF_TYPE.items()}
     monkeypatch.setattr(rules, "OF_TYPE", blind)
     with pytest.raises(AssertionError):
-        search_for_a_lie(300)
+        search_for_a_lie(900)
 
 
 def test_rules_that_know_no_required_fields_are_caught_in_a_lie(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,4 +119,4 @@ def test_rules_that_know_no_required_fields_are_caught_in_a_lie(monkeypatch: pyt
 
     monkeypatch.setattr(rules, "_objects", blind)
     with pytest.raises(AssertionError):
-        search_for_a_lie(300)
+        search_for_a_lie(900)
