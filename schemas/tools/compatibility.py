@@ -164,15 +164,16 @@ def next_version(event_type: str, contract: Contract) -> str:
 
 
 def check(repository: Path = REPOSITORY, new: Contract | None = None) -> int:
-    """Print a line for every check, then what is refused; exit code 1 if anything is."""
+    """Print a line for every check, then what is refused; exit code 1 if anything is, or a release is not whole."""
     try:
         history = releases.changelog(repository)
-        earlier = releases.released(repository)
-        problems = list(releases.broken(repository))
+        if problems := list(releases.broken(repository)):
+            raise Unreleasable("\n".join(problems))
     except Unreleasable as error:
         print(error)
         return 1
-    refused = list(problems)
+    earlier = releases.released(repository)
+    refused: list[str] = []
     for one in compare(new or releases.current(), earlier, history):
         print(one, flush=True)
         refused += one.told()

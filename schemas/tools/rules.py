@@ -152,8 +152,10 @@ def _of_type(type_: str, writer: Schema, reader: Schema, path: str) -> list[Misf
         else:
             fits = mine == theirs or (key == "pattern" and _within(mine, theirs))
         if not fits:
-            does = f"may write what is {(LOWER | UPPER)[key]} {theirs}" if key in LOWER | UPPER else _wider(key, mine)
-            found.append(Misfit(path, does, f"takes only {key} {theirs}"))
+            how = (LOWER | UPPER).get(key)
+            does = f"may write what is {how} {theirs}" if how else f"writes text of {key} {mine or 'none'}"
+            shown = "" if how or mine is None else ", and that all of the one is in the other is not shown"
+            found.append(Misfit(path, does, f"takes only {key} {theirs}{shown}"))
     return found
 
 
@@ -211,10 +213,6 @@ def _alternatives(node: Schema) -> list[Schema]:
 def _is_of(node: Schema, type_: str) -> bool:
     types = node.get("type", TYPES)
     return type_ in types or (type_ == "integer" and "number" in types)
-
-
-def _wider(key: str, mine: object) -> str:
-    return f"may write any {key}" if mine is None else f"writes {key} {mine}, which is not shown to be within it"
 
 
 def _takes(reader: Schema) -> str:

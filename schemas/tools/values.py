@@ -20,9 +20,7 @@ from schemas.tools import rules
 from schemas.tools.json_schema import Schema
 from schemas.tools.rules import KNOWN, NEVER, TYPES, Unshown, inlined
 
-COUNT: Final = (
-    200  # of each writer's schema: an optional field, a bound or a value of a list is met in the first dozens
-)
+COUNT: Final = 200  # of each writer's schema; an optional field, a bound, a value of a list is met in the first dozens
 SHOWN: Final = 160  # characters of a counterexample
 
 Strategy = st.SearchStrategy[Any]  # Any: JSON

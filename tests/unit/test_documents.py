@@ -84,6 +84,21 @@ def test_every_schema_is_one_and_says_of_every_field_what_it_is() -> None:
     assert len(list(documents())) == 4 * len(TOPIC_OF)
 
 
+def closed_objects(node: Any) -> list[Any]:
+    """Objects that list their fields and take no others."""
+    below = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    found = [one for part in below for one in closed_objects(part)]
+    if isinstance(node, dict) and node.get("type") == "object" and "properties" in node:
+        found += [node] if node.get("additionalProperties") is False else []
+    return found
+
+
+def test_readers_schemas_stay_open_and_writers_are_closed() -> None:
+    """What is released stays: a reader that once was closed would refuse every field that comes later."""
+    for name, document in documents():
+        assert bool(closed_objects(document)) == name.endswith(".writer.json"), name
+
+
 def test_there_are_examples_enough_and_each_bad_one_is_explained() -> None:
     for event_type in TYPES:
         assert len(examples.good(event_type)) >= 2, event_type
