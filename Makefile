@@ -30,7 +30,7 @@ soak: $(READY) ## Random faults under load, checked every round (needs Java 17 a
 schemas: $(READY) ## Write the contracts' documents (JSON Schema, AsyncAPI, OpenAPI, README, page) from the models
 	@$(BIN)/python -m schemas.tools
 
-docs: schemas ## The contracts as one page, schemas/index.html, and its screenshots (needs Node.js, npm and Chromium)
+docs: schemas ## The contracts as one page, schemas/index.html, and its screenshots (needs Chromium)
 	@$(BIN)/python -m schemas.tools.screenshots "$$($(BIN)/python -m tests.witnesses)"
 
 compat: $(READY) ## Whether the contracts still fit everything that was released

@@ -20,6 +20,7 @@ from consumer.generation import Work
 from consumer.metrics import Metrics
 from consumer.outcome import Details, ordered_counts, ordered_stats
 from consumer.recount import Rules, recount_campaigns, tally
+from schemas.door import FAILING, LOCKED, STOPPING
 from schemas.events import Trigger
 
 LOCKED_PATIENCE_S: Final = 5.0  # design, section 7
@@ -101,7 +102,7 @@ class Door:
                 self._finish(calls, served or list(calls), error)
             except Exception as error:
                 log.error("campaign cannot be recounted", campaign=str(campaign_id), **described(error))
-                self._finish(calls, served or list(calls), NotNow("this campaign cannot be recounted now", 60))
+                self._finish(calls, served or list(calls), NotNow(FAILING, 60))
             else:
                 for call in served:
                     calls.remove(call)
@@ -128,7 +129,7 @@ class Door:
     async def _wait_for_lock(self, calls: list[_Call]) -> None:
         now = time.monotonic()
         late = [call for call in calls if call.patience_ends <= now]
-        self._finish(calls, late, NotNow("somebody else is changing this campaign", 1))
+        self._finish(calls, late, NotNow(LOCKED, 1))
         if calls:
             await asyncio.sleep(LOCKED_RETRY_S)
 
@@ -145,7 +146,7 @@ class Door:
             task.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
         for calls in self._calls.values():
-            self._finish(calls, list(calls), NotNow("this process is stopping", 1))
+            self._finish(calls, list(calls), NotNow(STOPPING, 1))
         self._calls.clear()
 
 

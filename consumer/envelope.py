@@ -258,7 +258,12 @@ def _understand(parsed: _Parsed) -> StatusHint | SyncRequest:
         where = parsed.attribute("type")
         _refuse(DeadLetterReason.UNKNOWN_TYPE, f"{where}: expected {known}; use one of these or another topic")
     data = event.get("data")
-    campaign = data.get("campaign_id") if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        _refuse(
+            DeadLetterReason.INVALID_CAMPAIGN_ID,
+            f"{'$' if parsed.is_binary else '$.data'}: expected an object; send the data as JSON, with campaign_id",
+        )
+    campaign = data.get("campaign_id")
     if not isinstance(campaign, str) or _CAMPAIGN_ID.fullmatch(campaign) is None:
         _refuse(
             DeadLetterReason.INVALID_CAMPAIGN_ID,
@@ -356,7 +361,8 @@ def parse_json(value: bytes) -> object:
     where = f"line {problem.lineno} column {problem.colno}"
     raise InvalidEvent(
         DeadLetterReason.NOT_JSON,
-        f"{where}: expected JSON; write it as in RFC 8259, without NaN, Infinity, huge numbers or a byte order mark",
+        f"{where}: expected JSON; write it as in RFC 8259, without NaN, Infinity, huge numbers, more than 1 024 levels "
+        "or a byte order mark",
     )
 
 

@@ -36,6 +36,7 @@ from consumer.recount import Rules
 from consumer.relay import Relay
 from consumer.settings import PREFIX, Settings
 from consumer.web import ApiDoor, OperatorsDoor, Rate
+from schemas.door import STOPPING
 from schemas.topics import Topics
 
 SAMPLE_S: Final = 2.0  # gauges that need a question to a server
@@ -226,7 +227,7 @@ class Service:
 
     async def _sync(self, campaign_id: UUID, user_id: UUID | None) -> bytes | None:
         if self._health.stopping:
-            raise NotNow("this process is stopping", 1)
+            raise NotNow(STOPPING, 1)
         if not self._health.started:
             raise NotNow("this process is starting", 5)
         return await self._sync_stats.sync(campaign_id, user_id)

@@ -19,14 +19,14 @@ from prometheus_client.aiohttp import make_aiohttp_handler
 from consumer.envelope import campaign_uuid
 from consumer.errors import NotNow, Unavailable
 from consumer.health import Health
-from schemas.door import MAX_BODY_BYTES
+from schemas import door
 
-REQUEST_DEADLINE_S: Final = 10.0  # for a whole request to arrive, and for the next one on an idle connection
+REQUEST_DEADLINE_S: Final = (
+    10.0  # schemas.door.TOO_SLOW says so; for a whole request to arrive, and for the next one on an idle connection
+)
 OUTAGE_RETRY_S: Final = 5  # as long as our own longest backoff
 SYNC_STATS: Final = re.compile(r"/api/campaigns/([^/]+)/sync-stats")
 
-NOTHING: Final = "there is nothing here: POST /api/campaigns/{id}/sync-stats"
-UNAUTHORIZED: Final = "send Authorization: Bearer and a token of this service"
 
 log = structlog.get_logger(__name__)
 
@@ -129,7 +129,7 @@ class ApiDoor:
             response = await self._answer(request)
         except Exception:
             log.exception("the door failed")
-            response = _error(500, "this call failed here; the log says why")
+            response = _error(500, door.BROKEN)
         finally:
             if isinstance(connection, _Connection):
                 connection.is_serving(False)
@@ -140,34 +140,34 @@ class ApiDoor:
 
     async def _answer(self, request: web.BaseRequest) -> web.Response:
         if request.path != "/api" and not request.path.startswith("/api/"):
-            return _error(404, NOTHING)
+            return _error(404, door.NO_PATH)
         token = self._token(request.headers.getall("Authorization", []))
         if token is None:
-            return _error(401, UNAUTHORIZED, {"WWW-Authenticate": "Bearer"})
+            return _error(401, door.UNAUTHORIZED, {"WWW-Authenticate": "Bearer"})
         match = SYNC_STATS.fullmatch(request.path)
         if match is None:
-            return _error(404, NOTHING)
+            return _error(404, door.NO_PATH)
         if request.method != "POST":
-            return _error(405, "only POST is taken here", {"Allow": "POST"})
+            return _error(405, door.NO_POST, {"Allow": "POST"})
         wait_s = self._rate.wait_s(token.decode(), time.monotonic())
         if wait_s:
-            return _error(429, "too many calls with this token", {"Retry-After": str(math.ceil(wait_s))})
+            return _error(429, door.TOO_OFTEN, {"Retry-After": str(math.ceil(wait_s))})
         try:
             if await _is_too_long(request):
-                return _error(413, f"the body is ignored; send none, or at most {MAX_BODY_BYTES} bytes")
+                return _error(413, door.TOO_LONG)
         except TimeoutError:
-            return _error(408, f"the body did not arrive within {REQUEST_DEADLINE_S:g} s")
+            return _error(408, door.TOO_SLOW)
         campaign_id = campaign_uuid(match.group(1))
         if campaign_id is None:
-            return _error(400, "the campaign id is no RFC 9562 UUID (8-4-4-4-12 hex)")
+            return _error(400, door.BAD_ID)
         try:
             found = await self._sync(campaign_id, self._tokens[token])
         except NotNow as error:
             return _error(503, str(error), {"Retry-After": str(error.retry_after_s)})
-        except Unavailable as error:
-            return _error(503, f"the {error.dependency} is not to be had", {"Retry-After": str(OUTAGE_RETRY_S)})
+        except Unavailable:
+            return _error(503, door.AWAY, {"Retry-After": str(OUTAGE_RETRY_S)})
         if found is None:
-            return _error(404, "there is no such campaign")
+            return _error(404, door.NO_CAMPAIGN)
         return web.Response(body=found, content_type="application/json")
 
     def _token(self, headers: list[str]) -> bytes | None:
@@ -179,13 +179,13 @@ class ApiDoor:
 
 
 async def _is_too_long(request: web.BaseRequest) -> bool:
-    if (request.content_length or 0) > MAX_BODY_BYTES:
+    if (request.content_length or 0) > door.MAX_BODY_BYTES:
         return True
     size = 0
     async with asyncio.timeout(REQUEST_DEADLINE_S):
         async for some in request.content.iter_any():
             size += len(some)
-            if size > MAX_BODY_BYTES:
+            if size > door.MAX_BODY_BYTES:
                 return True
     return False
 
@@ -220,7 +220,7 @@ class _Connection(web.RequestHandler):
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
         """What is no HTTP gets the same kind of answer as everything else."""
-        response = _error(status, "this is no HTTP request that can be read")
+        response = _error(status, door.NO_HTTP)
         response.force_close()
         return response
 

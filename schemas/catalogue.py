@@ -41,6 +41,10 @@ _WRITTEN_ORDER: Final = (
     "Commit order per campaign as long as one database session of the service lives; after that a run may be repeated, "
     "so go by `version`."
 )
+_REJECTED_ORDER: Final = (
+    "Commit order per campaign as long as one database session of the service lives; a repeat has the same `id`, so go "
+    "by `causationid`."
+)
 _WRITTEN_RETENTION: Final = "By age, as long as a subscriber may stand still (7 days are usual); never compacted."
 
 CHANNELS: Final = (
@@ -92,7 +96,7 @@ CHANNELS: Final = (
         summary="A sync request gets no counts.",
         action="Match it by `causationid`. On `not_found` give up; on `failed` or an unknown reason ask later.",
         promises=("At least once, one stable `id` per request.",),
-        ordering=_WRITTEN_ORDER,
+        ordering=_REJECTED_ORDER,
         retention=_WRITTEN_RETENTION,
     ),
     Channel(

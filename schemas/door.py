@@ -65,74 +65,79 @@ class DoorError(_Answered):
     error: str = Field(description="One sentence: what is wrong and what to do.")
 
 
+BAD_ID: Final = "the campaign id is no RFC 9562 UUID (8-4-4-4-12 hex); send the campaign's id"
+NO_HTTP: Final = "this is no HTTP request that can be read; send HTTP/1.1"
+UNAUTHORIZED: Final = "send Authorization: Bearer and a token of this service"
+NO_CAMPAIGN: Final = "there is no such campaign; do not ask again"
+NO_PATH: Final = "there is nothing here; send POST /api/campaigns/{id}/sync-stats"
+NO_POST: Final = "only POST is taken here; send POST"
+TOO_SLOW: Final = "the body did not arrive within 10 s; send none, it is ignored"
+TOO_LONG: Final = f"the body is ignored; send none, or at most {MAX_BODY_BYTES} bytes"
+TOO_OFTEN: Final = "too many calls with this token; wait as long as Retry-After says"
+BROKEN: Final = "this call failed here and the log says why; tell the operators"
+LOCKED: Final = "somebody else is changing this campaign; ask again after Retry-After"
+FAILING: Final = "this campaign cannot be recounted now; ask again after Retry-After"
+STOPPING: Final = "this process is stopping; ask again after Retry-After"
+AWAY: Final = "the database is away; ask again after Retry-After"
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An answer but 200: when it comes, what to do, a header that comes with it, and a sentence as an example."""
+    """An answer but 200: when it comes, what to do, a header that comes with it, and all sentences it may have."""
 
     status: int
     when: str
     action: str
     header: str | None
-    example: str
+    sentences: tuple[str, ...]
 
 
 REFUSALS: Final = (
     Refusal(
         400,
-        "The id in the path is no campaign id.",
+        "The id in the path is no campaign id, or the bytes are no HTTP.",
         "Send the campaign's id: RFC 9562, 8-4-4-4-12 hex.",
         None,
-        "the campaign id is no RFC 9562 UUID (8-4-4-4-12 hex)",
+        (BAD_ID, NO_HTTP),
     ),
     Refusal(
         401,
         "No token, or none of this service's; looked at before anything else under /api.",
         "Send `Authorization: Bearer` and your token.",
         "WWW-Authenticate",
-        "send Authorization: Bearer and a token of this service",
+        (UNAUTHORIZED,),
     ),
     Refusal(
         404,
         "There is no such campaign, or it belongs to somebody else than the token; also every other path.",
         "Do not ask again.",
         None,
-        "there is no such campaign",
+        (NO_CAMPAIGN, NO_PATH),
     ),
-    Refusal(405, "Another method than POST.", "Use POST.", "Allow", "only POST is taken here"),
-    Refusal(
-        408,
-        "The body did not arrive within 10 s.",
-        "Send none: it is ignored.",
-        None,
-        "the body did not arrive within 10 s",
-    ),
-    Refusal(
-        413,
-        f"The body has more than {MAX_BODY_BYTES} bytes.",
-        "Send none: it is ignored.",
-        None,
-        f"the body is ignored; send none, or at most {MAX_BODY_BYTES} bytes",
-    ),
+    Refusal(405, "Another method than POST.", "Use POST.", "Allow", (NO_POST,)),
+    Refusal(408, "The body did not arrive within 10 s.", "Send none: it is ignored.", None, (TOO_SLOW,)),
+    Refusal(413, f"The body has more than {MAX_BODY_BYTES} bytes.", "Send none: it is ignored.", None, (TOO_LONG,)),
     Refusal(
         429,
         "Too many calls with this token in a minute.",
         "Wait as long as `Retry-After` says.",
         "Retry-After",
-        "too many calls with this token",
+        (TOO_OFTEN,),
     ),
     Refusal(
         500,
         "The service failed in a way it has no name for; its log says how.",
         "Tell its operators.",
         None,
-        "this call failed here; the log says why",
+        (BROKEN,),
     ),
     Refusal(
         503,
-        "The database is away, the campaign was locked for 5 s by somebody else, or it cannot be recounted now.",
+        "The database is away, the campaign was locked for 5 s by somebody else or cannot be recounted now, or this "
+        "process is stopping.",
         "Wait as long as `Retry-After` says, then ask again: a repeated call does no harm.",
         "Retry-After",
-        "the database is not to be had",
+        (AWAY, LOCKED, FAILING, STOPPING),
     ),
 )
 

@@ -36,6 +36,9 @@ CAMPAIGN_ID_PATTERN: Final = (
 ANY_ID_PATTERN: Final = r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
 """User and prospect ids: any 8-4-4-4-12 hex; the whole string must match."""
 
+LOWER_ID_PATTERN: Final = r"^[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
+"""Any id as the service writes it: whatever UUID the tables hold, in lower case."""
+
 NO_NUL: Final = r"^[^\u0000]*$"
 """Text without U+0000; that lone surrogates are refused too no JSON Schema can say."""
 
@@ -140,9 +143,7 @@ StorableText = Annotated[Storable, StringConstraints(min_length=1), Field(json_s
 CampaignId = Annotated[str, StringConstraints(pattern=rf"^{CAMPAIGN_ID_PATTERN}$")]
 AnyId = Annotated[str, StringConstraints(pattern=rf"^{ANY_ID_PATTERN}$")]
 Count = Annotated[int, Field(ge=0)]
-LowerId = Annotated[
-    UUID, Field(json_schema_extra=_writer({"pattern": r"^[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$"}))
-]
+LowerId = Annotated[UUID, Field(json_schema_extra=_writer({"pattern": LOWER_ID_PATTERN}))]
 Moment = Annotated[
     AwareDatetime,
     Field(json_schema_extra=_writer({"pattern": r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(?:\.\d{6})?Z$"})),

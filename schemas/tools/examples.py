@@ -37,6 +37,12 @@ def parsed(event_type: str) -> dict[str, dict[str, Any]]:
     return {name: json.loads(value) for name, value in good(event_type).items()}
 
 
+def change_records() -> dict[str, Any]:
+    """Name -> a change record that is read or ignored, by name."""
+    paths = sorted((EXAMPLES / "change-records" / "good").glob("*.json"))
+    return {path.stem: json.loads(path.read_bytes()) for path in paths}
+
+
 def bad() -> Iterator[Bad]:
     """Every bad example, as `bad.json` explains it."""
     for name, said in json.loads((EXAMPLES / "bad.json").read_text()).items():

@@ -86,7 +86,10 @@ def _refusal(refusal: door.Refusal) -> Schema:
         "content": {
             "application/json": {
                 "schema": {"$ref": "#/components/schemas/DoorError"},
-                "example": {"error": refusal.example},
+                "examples": {
+                    f"{refusal.status}-{number}": {"value": {"error": sentence}}
+                    for number, sentence in enumerate(refusal.sentences, 1)
+                },
             }
         },
     }

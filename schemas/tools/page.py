@@ -185,10 +185,10 @@ def _door(version: str) -> str:
 
 
 def _refusal(refusal: door.Refusal) -> tuple[str, str, str]:
-    body = json.dumps({"error": refusal.example}, ensure_ascii=False)
     header = openapi.HEADERS[refusal.header]["description"] if refusal.header else ""
     beside = f"<br><code>{refusal.header}</code>: {inline(header)}" if refusal.header else ""
-    code = f'<code data-schema="openapi.yaml#DoorError">{escape(body, quote=False)}</code>'
+    bodies = [escape(json.dumps({"error": one}, ensure_ascii=False), quote=False) for one in refusal.sentences]
+    code = "<br>".join(f'<code data-schema="openapi.yaml#DoorError">{body}</code>' for body in bodies)
     return inline(refusal.when), inline(refusal.action), code + beside
 
 

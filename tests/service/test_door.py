@@ -152,8 +152,8 @@ async def test_the_campaign_that_this_call_pauses_answers_paused(api: Api, bus: 
 
 async def test_only_the_owner_and_the_all_token_see_a_campaign(api: Api, db: asyncpg.Connection) -> None:
     foreign = await add_campaign(db, {"sent": 2}, user_id=OTHER_USER)
-    assert await api.sync(foreign) == (404, {"error": "there is no such campaign"})
-    assert await api.sync(uuid4()) == (404, {"error": "there is no such campaign"})
+    assert await api.sync(foreign) == (404, {"error": "there is no such campaign; do not ask again"})
+    assert await api.sync(uuid4()) == (404, {"error": "there is no such campaign; do not ask again"})
     assert await stats_of(db, foreign) == {}  # a stranger's call does nothing at all
     status, document = await api.sync(foreign, token=ALL)
     assert (status, document["campaign"]["stats"]["sent"]) == (200, 2)

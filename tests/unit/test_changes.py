@@ -99,3 +99,12 @@ documents = st.recursive(scalars, lambda one: st.lists(one, max_size=2) | st.dic
 @given(st.lists(documents.map(lambda one: json.dumps(one).encode()) | st.binary() | st.none(), max_size=5))
 def test_whatever_the_bytes_are_it_never_raises_and_answers_each(values: list[bytes | None]) -> None:
     assert len(decode_changes([Bytes(value) for value in values])) == len(values)
+
+
+@pytest.mark.parametrize("name", ["__table", "__source_table"])
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_header_may_name_the_table_of_a_flattened_row(name: str, quote: str) -> None:
+    value = json.dumps(row()).encode()
+    for table, expected in (("campaign_prospects", ChangeHint((ONE,))), ("campaign_sender_accounts", TOMBSTONE)):
+        [found] = decode_changes([Bytes(value, ((name, f"{quote}{table}{quote}".encode()), ("other", None)))])
+        assert found == expected
