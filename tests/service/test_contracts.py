@@ -333,7 +333,7 @@ async def test_the_door_says_it_too_when_somebody_holds_the_campaign_and_when_by
     writer.write(b"no http\r\n\r\n")
     answer = await asyncio.wait_for(reader.read(), 10)
     writer.close()
-    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.split(b" ", 2)[1] == b"400"
     assert answer.endswith(json.dumps({"error": door.NO_HTTP}, separators=(",", ":")).encode())
     slow, sender = await asyncio.open_connection("127.0.0.1", running.api_port)
     path = door.PATH.replace("{id}", str(CAMPAIGN))
@@ -341,5 +341,5 @@ async def test_the_door_says_it_too_when_somebody_holds_the_campaign_and_when_by
     sender.write(b"Content-Length: 5\r\n\r\n")
     answer = await asyncio.wait_for(slow.read(), 30)
     sender.close()
-    assert answer.startswith(b"HTTP/1.1 408")
+    assert answer.split(b" ", 2)[1] == b"408"
     assert answer.endswith(json.dumps({"error": door.TOO_SLOW}, separators=(",", ":")).encode())
