@@ -50,7 +50,7 @@ class Misfit:
     path: str
     does: str
     takes: str = ""
-    kind: Literal["value", "required", "unknown"] = "value"
+    kind: Literal["value", "required", "gone", "unknown"] = "value"
 
     def told(self, writer: str, reader: str) -> str:
         """As a sentence about these two."""
@@ -100,6 +100,55 @@ def misfits(writer: Schema, reader: Schema) -> list[Misfit]:
         return _compare(inlined(writer), inlined(reader), "$")
     except Unshown as error:
         return [Misfit("$", f"nothing can be shown: {error}", kind="unknown")]
+
+
+def opened(writer: Schema) -> Schema:
+    """What a writer promises those who read it: all of its schema, but fields and listed values may be added."""
+
+    def below(node: bool | Schema) -> bool | Schema:
+        return node if isinstance(node, bool) else opened(node)
+
+    wide = {key: one for key, one in writer.items() if key != "enum" or writer.get("type") != "string"}
+    for key, one in wide.items():
+        if key in ("properties", "patternProperties", "$defs"):
+            wide[key] = {name: below(field) for name, field in one.items()}
+        elif key in ("additionalProperties", "items"):
+            wide[key] = True if one is False and key != "items" else below(one)
+        elif key == "anyOf":
+            wide[key] = [below(alternative) for alternative in one]
+    return wide
+
+
+def lost(writer: Schema, earlier: Schema) -> list[Misfit]:
+    """Fields and listed values that an earlier writer has and this one has no more; `misfits` sees no value of them."""
+    try:
+        return list(_lost(inlined(writer), inlined(earlier), "$"))
+    except Unshown:  # `misfits` says so
+        return []
+
+
+def _lost(writer: Schema, earlier: Schema, path: str) -> Iterator[Misfit]:
+    """Of two inlined schemas."""
+    mine = [_below(one) for one in _alternatives(writer)]
+    for one in _alternatives(earlier):
+        if one.get("type") == ["string"]:
+            gone = [_text(value) for value in one.get("enum", ()) if not takes(writer, value)]
+            if gone:
+                yield Misfit(path, f"never writes {', '.join(gone)}", "did, and subscribers may rely on it", "gone")
+        for name, field in _below(one).items():
+            kept = [below[name] for below in mine if name in below]
+            if kept:
+                yield from _lost({"anyOf": kept}, field, path + name)
+            else:
+                yield Misfit(path + name, "has it no more", "had it, and subscribers may rely on it", "gone")
+
+
+def _below(node: Schema) -> dict[str, Schema]:
+    """End of the path -> schema of everything that may be inside."""
+    below = {f".{name}": one for name, one in node.get("properties", {}).items()}
+    below |= {f".*{pattern}": one for pattern, one in node.get("patternProperties", {}).items()}
+    below |= {end: node[key] for end, key in ((".*", "additionalProperties"), ("[*]", "items")) if key in node}
+    return {end: one for end, one in below.items() if one != NEVER}
 
 
 def _compare(writer: Schema, reader: Schema, path: str) -> list[Misfit]:

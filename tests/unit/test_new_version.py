@@ -141,6 +141,19 @@ def test_v1_goes_two_minor_releases_and_90_days_after_it_was_deprecated(
     assert all(why in sentence for sentence in sentences)
 
 
+def test_v1_does_not_go_by_a_heading_written_afterwards(tmp_path: Path) -> None:
+    """The days and the deprecated types are those that were released."""
+    headings = "## 0.4.0 - 2026-07-01\n## 0.3.0 - 2026-05-01\n## 0.2.0 - 2026-03-01\n{}## 0.1.0 - 2026-01-01\n"
+    (tmp_path / "CHANGELOG.md").write_text(headings.format(""))
+    for version in ("0.1.0", "0.2.0", "0.3.0"):
+        releases.release(contract(V1, V2), version, tmp_path)
+    (tmp_path / "CHANGELOG.md").write_text(headings.format(DEPRECATED))
+    before = contract(V1, V2, version="0.3.0")
+    [sentence] = refused(contract(V2), before, history=releases.history(tmp_path))
+    assert "no release names `campaign.paused.v1` under `### Deprecated`" in sentence
+    assert refused(contract(V2), before, history=releases.changelog(tmp_path)) == []  # the control
+
+
 # What a subscriber sees.
 
 

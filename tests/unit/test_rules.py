@@ -1,4 +1,7 @@
-"""The rules are sound: of random pairs of schemas neither a value nor jsonschema-rs contradicts what they let pass."""
+"""The rules are sound: of random pairs of schemas neither a value nor jsonschema-rs contradicts what they let pass.
+
+And what a writer promises is what it had: its fields, its listed values, and more of both.
+"""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -120,3 +123,77 @@ def test_rules_that_know_no_required_fields_are_caught_in_a_lie(monkeypatch: pyt
     monkeypatch.setattr(rules, "_objects", blind)
     with pytest.raises(AssertionError):
         search_for_a_lie(900)
+
+
+def satisfiable(schema: Schema) -> bool:
+    """Whether it takes any value; also where that is not known."""
+    canonical = jsonschema_rs.canonicalize(schema, validate_formats=True)
+    return canonical.satisfiability() is not jsonschema_rs.canonical.Satisfiability.NO
+
+
+def test_a_writer_keeps_its_own_promise() -> None:
+    for seed in range(200):
+        schema = some_schema(Random(seed))
+        assert rules.lost(schema, schema) == []
+        if satisfiable(schema):
+            _, refused = values.tried(schema, rules.opened(schema), 20)
+            assert refused is None, (schema, refused)
+
+
+LISTED = {"type": "string", "enum": ["a", "b"]}
+WRITER: Schema = {
+    "$defs": {"Inner": {"type": "object", "properties": {"type": LISTED}, "additionalProperties": False}},
+    "type": "object",
+    "properties": {
+        "enum": {"$ref": "#/$defs/Inner"},
+        "type": {"const": "x", "type": "string"},
+        "list": {"type": "array", "items": {"anyOf": [{"$ref": "#/$defs/Inner"}, {"type": "null"}]}},
+        "counts": {"type": "object", "additionalProperties": {"type": "integer"}},
+    },
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("written", "is_promised"),
+    [
+        ({"new": 1}, True),
+        ({"enum": {"type": "c", "new": 1}}, True),
+        ({"list": [{"type": "c"}, None]}, True),
+        ({"enum": {"type": 1}}, False),
+        ({"type": "y"}, False),
+        ({"list": [1]}, False),
+        ({"counts": {"a": "many"}}, False),
+    ],
+)
+def test_a_promise_lets_fields_and_listed_values_be_added_and_nothing_else(written: Schema, is_promised: bool) -> None:
+    assert rules.takes(rules.opened(WRITER), written) is is_promised
+    assert not is_promised or not rules.takes(WRITER, written)
+
+
+def without(*path: str | int) -> Schema:
+    """The writer without what is there."""
+    writer = deepcopy(WRITER)
+    node: Any = writer
+    for part in path[:-1]:
+        node = node[part]
+    del node[path[-1]]
+    return writer
+
+
+@pytest.mark.parametrize(
+    ("writer", "paths"),
+    [
+        (WRITER, []),
+        (without("properties", "counts"), ["$.counts"]),
+        (without("properties", "counts", "additionalProperties"), ["$.counts.*"]),
+        (without("$defs", "Inner", "properties", "type"), ["$.enum.type", "$.list[*].type"]),
+        (without("$defs", "Inner", "properties", "type", "enum", 0), ["$.enum.type", "$.list[*].type"]),
+        (without("$defs", "Inner", "properties", "type", "enum"), []),  # any text is more values
+        (without("properties", "list", "items", "anyOf", 1), []),  # null is no field
+        (without("$defs", "Inner"), []),  # nothing is known, and `misfits` says so
+    ],
+)
+def test_fields_and_listed_values_that_go_are_found_wherever_they_are(writer: Schema, paths: list[str]) -> None:
+    assert [one.path for one in rules.lost(writer, WRITER)] == paths
+    assert {one.kind for one in rules.lost(writer, WRITER)} <= {"gone"}
