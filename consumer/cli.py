@@ -397,7 +397,8 @@ def check_event(
         case DeadLetter():
             document: dict[str, object] = {"accepted": False, "reason": found.reason, "error": found.error}
             words = f"refused ({found.reason}): {found.error}"
-            if not change_record and isinstance(decode_changes([record])[0], ChangeHint):
+            is_event = change_record or b'"specversion"' in (record.value or b"")
+            if not is_event and isinstance(decode_changes([record])[0], ChangeHint):
                 words += "\n(As a connector's record it would be accepted: --change-record)"
         case SyncRequest():
             document = {"accepted": True, "kind": "sync_request", "campaign_id": str(found.campaign_id)}

@@ -152,6 +152,16 @@ def test_check_event_accepts_the_good_examples_and_says_what_they_are(event_type
         assert (ran.exit_code, json.loads(ran.stdout)["kind"]) == (0, kind), name
 
 
+def test_check_event_knows_a_connectors_record_and_says_how_to_ask_about_it() -> None:
+    value = (examples.EXAMPLES / "change-records" / "good" / "update.json").read_bytes()
+    asked = CliRunner().invoke(app, ["check-event", "-"], input=value)
+    assert (asked.exit_code, "--change-record" in asked.stdout) == (1, True)
+    told = CliRunner().invoke(app, ["check-event", "-", "--change-record", "--json"], input=value)
+    assert (told.exit_code, json.loads(told.stdout)["kind"]) == (0, "change_record")
+    for bad in BAD:
+        assert "--change-record" not in CliRunner().invoke(app, ["check-event", "-"], input=bad.value).stdout, bad.name
+
+
 characters = st.characters(exclude_categories=["Cs"])  # a lone surrogate no JSON Schema can refuse
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(characters, max_size=4),
