@@ -13,8 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 import asyncpg
-from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka import AIOKafkaProducer, errors
 
 from schemas.events import STATUS_CHANGED, ProspectStatusChangedV1
 from schemas.topics import Topics
@@ -56,9 +55,9 @@ async def publish(producer: AIOKafkaProducer, event: dict[str, Any], is_binary: 
                 await producer.start()
             await producer.send_and_wait(TOPIC, value, key=event["subject"].encode(), headers=headers)
             return producer
-        except KafkaError as error:  # it may be there all the same: with the same id it is the same event again
+        except errors.KafkaError as error:  # it may be there all the same: with the same id it is the same event again
             print(f"hint {event['id']} is not acknowledged: {error!r}", file=sys.stderr)
-            with suppress(TimeoutError, KafkaError):
+            with suppress(TimeoutError, errors.KafkaError):
                 await asyncio.wait_for(producer.stop(), 5)
             producer = None  # after a failed send its sequence may have a gap, which the broker would never take
             await asyncio.sleep(1)
