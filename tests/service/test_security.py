@@ -218,7 +218,7 @@ async def assert_refused(environment: dict[str, str], *arguments: str, about: st
     assert code == 2, out + error
     [sentence] = [line for line in error.splitlines() if line.startswith("campaign-stats: ")]
     assert about in sentence
-    assert "Traceback" not in out + error
+    assert "Traceback" not in out + error, (out + error)[-4000:]
     assert_no_secret(out, error)
 
 
