@@ -20,6 +20,7 @@ NO_CAMPAIGN: Final = "expected campaign_id in the row; send rows of campaign_pro
 NO_CAMPAIGN_BEFORE: Final = "expected campaign_id in before; ALTER TABLE campaign_prospects REPLICA IDENTITY FULL"
 TABLE_NAMES: Final = ("iodebeziumtable", "__table", "__source_table")  # of a CloudEvent; added to a flattened row
 SCHEMA_NAMES: Final = ("iodebeziumschema", "__schema", "__source_schema")
+NAMES: Final = frozenset((*TABLE_NAMES, *SCHEMA_NAMES))
 WRAPPERS: Final = 5  # more than converter, router and CloudEvent together
 
 Changed = ChangeHint | Ignored | DeadLetter
@@ -41,7 +42,7 @@ def _decode(record: Record) -> Changed:
 
 def _understand(document: object, headers: Sequence[tuple[str, bytes | None]]) -> ChangeHint | Ignored:
     """Raises InvalidEvent."""
-    said = {name: (text or b"").decode(errors="replace").strip('"') for name, text in headers}
+    said = {name: (text or b"").decode(errors="replace").strip('"') for name, text in headers if name in NAMES}
     where, change, around = _unwrapped(document)
     if change is None:
         return TOMBSTONE
@@ -50,9 +51,9 @@ def _understand(document: object, headers: Sequence[tuple[str, bytes | None]]) -
     is_row = "campaign_id" in change
     source = change.get("source")
     origin: Mapping[str, object] = source if isinstance(source, dict) and not is_row else {}
-    known = {**said, **around, **change}
-    tables = [origin.get("table"), *(known.get(name) for name in TABLE_NAMES)]
-    schemas = [origin.get("schema"), *(known.get(name) for name in SCHEMA_NAMES)]
+    places: Sequence[Mapping[str, object]] = (said, around, change)
+    tables = [origin.get("table"), *(place.get(name) for name in TABLE_NAMES for place in places)]
+    schemas = [origin.get("schema"), *(place.get(name) for name in SCHEMA_NAMES for place in places)]
     if OURS in schemas or any(isinstance(table, str) and table != TABLE for table in tables):
         return TOMBSTONE  # above all `campaigns`, which our own recounts change
     rows = {"": change} if is_row else {"before": change.get("before"), "after": change.get("after")}
