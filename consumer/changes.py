@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 from uuid import UUID
 
-from consumer.envelope import TOMBSTONE, ChangeHint, DeadLetter, Ignored, Record, parse_json
+from consumer.envelope import TOMBSTONE, ChangeHint, Content, DeadLetter, Ignored, parse_json
 from consumer.errors import InvalidEvent
 from schemas.events import ANY_ID_PATTERN, DeadLetterReason
 
@@ -26,12 +26,12 @@ WRAPPERS: Final = 5  # more than converter, router and CloudEvent together
 Changed = ChangeHint | Ignored | DeadLetter
 
 
-def decode_changes(records: Sequence[Record]) -> list[Changed]:
+def decode_changes(records: Sequence[Content]) -> list[Changed]:
     """What each change record is; same length and order. Never raises, whatever the bytes are."""
     return [_decode(record) for record in records]
 
 
-def _decode(record: Record) -> Changed:
+def _decode(record: Content) -> Changed:
     if record.value is None:
         return TOMBSTONE
     try:

@@ -1,7 +1,8 @@
 """Bytes <-> CloudEvents, structured and binary mode. The only reader of bytes, and pure: no clock, no server.
 
-Hot path: one parse and one exact look per record. Only what is no plain, valid status hint takes the careful path,
-which decides what it is in the documented order of dead-letter reasons.
+Hot path: a status hint that holds nothing but what we know is checked while it is parsed (`collect`); one with more in
+it costs a parse and an exact look. All else takes the careful path, which decides what it is in the documented order of
+dead-letter reasons.
 """
 
 import re
@@ -9,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Final, Literal, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Annotated, Final, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 from uuid import UUID
 
+import msgspec
 import orjson
 from pydantic import ValidationError
 
@@ -36,13 +38,9 @@ _ESCAPE: Final = re.compile(  # group 1: a lone surrogate; pairs and all other e
 )
 
 
-class Record(Protocol):
-    """Bytes from Kafka with their coordinates; `timestamp` in milliseconds since 1970."""
+class Content(Protocol):
+    """A record of a batch, which says topic and partition once for all; `timestamp` in milliseconds since 1970."""
 
-    @property
-    def topic(self) -> str: ...
-    @property
-    def partition(self) -> int: ...
     @property
     def offset(self) -> int: ...
     @property
@@ -53,6 +51,32 @@ class Record(Protocol):
     def headers(self) -> Sequence[tuple[str, bytes | None]]: ...
     @property
     def timestamp(self) -> int: ...
+
+
+class Record(Content, Protocol):
+    """Bytes from Kafka with all of their coordinates."""
+
+    @property
+    def topic(self) -> str: ...
+    @property
+    def partition(self) -> int: ...
+
+
+class Placed(NamedTuple):
+    """A record of a batch as a Record."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes | None]]
+    timestamp: int
+
+
+def placed(topic: str, partition: int, content: Content) -> Placed:
+    """The same with its coordinates."""
+    return Placed(topic, partition, content.offset, content.key, content.value, content.headers, content.timestamp)
 
 
 class Cause(NamedTuple):  # one per hint: a named tuple is made in a third of the time of a frozen dataclass
@@ -140,6 +164,45 @@ Decoded = StatusHint | SyncRequest | Ignored | DeadLetter
 
 TOMBSTONE: Final = Ignored()
 
+_Text: TypeAlias = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class _HintData(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """Data of a status hint in which everything is text. Both ids are still to be looked at."""
+
+    campaign_id: str
+    prospect_id: str
+    to_status: _Text
+    from_status: str | None = None
+    user_id: str | None = None
+
+
+class _PlainHint(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """A status hint with nothing in it that we do not know, every attribute text."""
+
+    specversion: Literal["1.0"]
+    id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_CARRIED)]
+    source: _Text
+    type: Literal["prospect.status_changed.v1"]
+    data: _HintData
+    time: str | None = None
+    subject: str | None = None
+    datacontenttype: str | None = None
+    dataschema: str | None = None
+    correlationid: str | None = None
+    causationid: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+
+    def cause(self) -> Cause:
+        """What events that follow carry on."""
+        if self.correlationid is None and self.traceparent is None:
+            return Cause(self.id, self.id)
+        return _cause({"id": self.id, "correlationid": self.correlationid, "traceparent": self.traceparent})
+
+
+_parse_plain: Final = msgspec.json.Decoder(_PlainHint).decode
+
 Model = TypeVar("Model", bound=events.Read)
 
 _NOT_KEPT: Final = frozenset(
@@ -174,12 +237,49 @@ class _Parsed:
         return f"$.{name}" if self.is_binary else f"$.data.{name}"
 
 
-def decode(records: Sequence[Record]) -> list[Decoded]:
+def collect(records: Sequence[Content], hints: dict[UUID, Cause | None]) -> tuple[int, list[tuple[Content, Decoded]]]:
+    """Put the status hints among `records` into `hints`: campaign -> ids of its last hint.
+
+    Returns how many were plain hints, and of all the others what they are, in order (hints among them are in `hints`
+    too). Says the same as `decode` and `keep_last` for every record, at half the cost. Never raises.
+    """
+    latest: dict[UUID, _PlainHint] = {}  # whose Cause is made only for the last one of each campaign
+    others: list[tuple[Content, Decoded]] = []
+    for record in records:
+        value = record.value
+        # JSON without a backslash holds neither U+0000 nor a lone surrogate.
+        if value is not None and not record.headers and b"\\" not in value:
+            try:
+                hint = _parse_plain(value)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                pass  # not plain, which says nothing about its being right
+            else:
+                campaign_id = campaign_uuid(hint.data.campaign_id)
+                if campaign_id is not None and _ANY_ID.fullmatch(hint.data.prospect_id) is not None:
+                    latest[campaign_id] = hint
+                    continue
+        event = _decode(record)
+        others.append((record, event))
+        if type(event) is StatusHint:
+            hints.update((campaign_id, plain.cause()) for campaign_id, plain in latest.items())
+            latest.clear()
+            keep_last(hints, event)
+    hints.update((campaign_id, plain.cause()) for campaign_id, plain in latest.items())
+    return len(records) - len(others), others
+
+
+def keep_last(hints: dict[UUID, Cause | None], hint: StatusHint) -> None:
+    """A campaign is dirty; the ids of a later hint replace those of an earlier one."""
+    if hint.cause is not None or hint.campaign_id not in hints:
+        hints[hint.campaign_id] = hint.cause
+
+
+def decode(records: Sequence[Content]) -> list[Decoded]:
     """What each record is; same length and order. Never raises, whatever the bytes are."""
     return [_decode(record) for record in records]
 
 
-def _decode(record: Record) -> Decoded:
+def _decode(record: Content) -> Decoded:
     value = record.value
     if value is None:
         return TOMBSTONE  # in binary mode too
@@ -308,7 +408,7 @@ def _well_formed(traceparent: str) -> str | None:
     return traceparent if _TRACEPARENT.fullmatch(traceparent) else None
 
 
-def _is_binary(record: Record) -> bool:
+def _is_binary(record: Content) -> bool:
     """Whether there are ce_ headers; with a CloudEvents content type they are copies (Kafka binding, section 3)."""
     is_binary = False
     for name, content in record.headers:
@@ -319,7 +419,7 @@ def _is_binary(record: Record) -> bool:
     return is_binary
 
 
-def _binary(record: Record, value: bytes) -> dict[str, object]:
+def _binary(record: Content, value: bytes) -> dict[str, object]:
     """Binary mode: attributes in ce_ headers (of two with one name the last counts), data in the value.
 
     The value is taken as JSON whatever the content type says: its bytes show whether it is.

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Final
 from uuid import UUID
 
-from consumer.envelope import Cause, DeadLetter, Record, StatusHint, SyncRequest
+from consumer.envelope import Cause, DeadLetter, Record, SyncRequest
 from schemas.events import Trigger
 
 CHUNK_CAMPAIGNS: Final = 1_000  # one transaction; larger gains nothing and holds locks longer (design, section 6)
@@ -66,11 +66,6 @@ class Generation:
     offsets: dict[Partition, int] = field(default_factory=dict)
     records: int = 0
     held_bytes: int = 0
-
-    def add_hint(self, hint: StatusHint) -> None:
-        """A campaign is dirty; a later hint replaces an earlier one."""
-        if hint.cause is not None or hint.campaign_id not in self.hints:
-            self.hints[hint.campaign_id] = hint.cause
 
     def add_request(self, request: SyncRequest) -> None:
         """A sync request; the same event twice is one request."""

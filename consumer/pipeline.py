@@ -7,15 +7,26 @@ answers at once and a backlog makes large batches.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Final, Protocol
 
 import structlog
 
 from consumer import recount
-from consumer.changes import decode_changes
-from consumer.envelope import ChangeHint, DeadLetter, Ignored, Record, StatusHint, SyncRequest, decode
+from consumer.changes import Changed, decode_changes
+from consumer.envelope import (
+    ChangeHint,
+    Content,
+    DeadLetter,
+    Decoded,
+    Ignored,
+    Record,
+    StatusHint,
+    SyncRequest,
+    collect,
+    placed,
+)
 from consumer.errors import OwnershipLost, ServiceError, described
 from consumer.generation import CHUNK_CAMPAIGNS, Generation, Partition, Passed, Work
 from consumer.health import Health
@@ -36,7 +47,7 @@ class Batch(Protocol):
     @property
     def partition(self) -> Partition: ...
     @property
-    def records(self) -> Sequence[Record]: ...
+    def records(self) -> Sequence[Content]: ...
     @property
     def next_offset(self) -> int: ...
 
@@ -133,21 +144,24 @@ class Pipeline:
     def _collect(self, batch: Batch) -> None:
         generation = self._collecting
         kinds = dict.fromkeys(RECORD_KINDS, 0)
-        decoded = (decode_changes if batch.partition[0] == self._cdc_topic else decode)(batch.records)
-        for record, event in zip(batch.records, decoded, strict=True):
+        others: Iterable[tuple[Content, Decoded | Changed]]
+        if batch.partition[0] == self._cdc_topic:
+            others = zip(batch.records, decode_changes(batch.records), strict=True)
+        else:
+            kinds["status_hint"], others = collect(batch.records, generation.hints)
+        for record, event in others:
             match event:
-                case StatusHint():
-                    generation.add_hint(event)
+                case StatusHint():  # is among the hints already
                     kinds["newer_version" if event.newer else "status_hint"] += 1
                 case ChangeHint():
                     for campaign_id in event.campaign_ids:
-                        generation.add_hint(StatusHint(campaign_id, None))
+                        generation.hints.setdefault(campaign_id, None)
                     kinds["change"] += 1
                 case SyncRequest():
                     generation.add_request(event)
                     kinds["sync_request"] += 1
                 case DeadLetter():
-                    generation.add_dead_letter(record, event)
+                    generation.add_dead_letter(placed(*batch.partition, record), event)
                     kinds["dead_letter"] += 1
                 case Ignored():
                     kinds["tombstone"] += 1

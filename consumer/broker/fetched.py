@@ -7,6 +7,7 @@ records only, however large they are. This takes the place of the dictionary in 
 from collections import OrderedDict
 from functools import partial
 from typing import Any, Final
+from weakref import ref
 
 from aiokafka.errors import RecordTooLargeError
 
@@ -34,8 +35,11 @@ class Fetched(OrderedDict[Any, Any]):
     def __setitem__(self, partition: Any, result: Any) -> None:
         """Keep a result that will be handed out our way."""
         if hasattr(result, "getall"):
-            batches = result._partition_records._records = _Batches(result._partition_records._records)
-            result.getall = partial(self._take, partition, result, batches)
+            records = result._partition_records
+            records._records = _Batches(records._records)
+            records._consumer_record = _as_it_is
+            # Through a weak reference: in a cycle the fetched megabyte would stay until the next garbage collection.
+            result.getall = partial(self._take, partition, ref(result))
         elif isinstance(result._error, RecordTooLargeError):  # a cut batch; the client goes on behind its first offset
             at = self._subscriptions.subscription.assignment.state_value(partition).position
             name, error = (partition.topic, partition.partition), type(result._error).__name__
@@ -43,16 +47,17 @@ class Fetched(OrderedDict[Any, Any]):
             return
         super().__setitem__(partition, result)
 
-    def _take(self, partition: Any, result: Any, batches: "_Batches", most: int | None = None) -> list[Any]:
+    def _take(self, partition: Any, fetched: Any, most: int | None = None) -> list[Any]:
         """Up to `most` records, in place of FetchResult.getall: also limited by bytes, and none is forgotten."""
         taken: list[Any] = []
+        result = fetched()
         if self.bytes_left <= 0 or not result.has_more() or not result.check_assignment(partition):
             return taken
         records, left = result._partition_records, self.bytes_left
         try:
             for record in records:
                 taken.append(record)
-                left -= record.serialized_key_size + record.serialized_value_size
+                left -= len(record.value or b"") + len(record.key or b"")
                 if record.headers:
                     left -= sum(len(name) + len(content or b"") for name, content in record.headers)
                 if left <= 0 or len(taken) == most:
@@ -61,7 +66,7 @@ class Fetched(OrderedDict[Any, Any]):
                     return taken
             result._update_position()
         except Exception as error:  # checksum, compression, header key not UTF-8, ...: it only reads bytes
-            self._pass_over(partition, result, records.next_fetch_offset, batches.last, error)
+            self._pass_over(partition, result, records.next_fetch_offset, records._records.last, error)
         result._partition_records, self.bytes_left = None, left
         return taken
 
@@ -72,6 +77,11 @@ class Fetched(OrderedDict[Any, Any]):
         name, is_swollen = (partition.topic, partition.partition), isinstance(error, Swollen)
         self.passed.append(Passed(name, first, last, type(error).__name__, too_large=is_swollen))
         state.consumed_to(last + 1)
+
+
+def _as_it_is(_: Any, record: Any) -> Any:
+    """In place of PartitionRecords._consumer_record: what the parser made, without a copy of every field (0.6 us)."""
+    return record
 
 
 class _Batches:

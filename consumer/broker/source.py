@@ -27,7 +27,7 @@ from consumer.broker.link import (
     be_impatient,
     close,
 )
-from consumer.envelope import Record
+from consumer.envelope import Content
 from consumer.errors import OwnershipLost, Unavailable
 from consumer.generation import Partition, Passed
 
@@ -47,7 +47,7 @@ class Batch:
     """What one poll brought from one partition: records in offset order and the offset to read next."""
 
     partition: Partition
-    records: Sequence[Record]
+    records: Sequence[Content]
     next_offset: int
 
 

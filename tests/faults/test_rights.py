@@ -56,7 +56,7 @@ async def regained(strict: Strict, bus: Bus) -> int:
             assert time.monotonic() < deadline, f"heard {len(heard)} of {records} within {within_s} s"
             try:
                 batches, _ = await source.poll()
-                heard.update((record.partition, record.offset) for batch in batches for record in batch.records)
+                heard.update((batch.partition[1], record.offset) for batch in batches for record in batch.records)
             except Unavailable:
                 await asyncio.sleep(0.2)
 

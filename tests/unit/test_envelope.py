@@ -20,10 +20,12 @@ from consumer.envelope import (
     Ignored,
     StatusHint,
     SyncRequest,
+    collect,
     dead_letter_headers,
     decode,
     encode,
     format_time,
+    keep_last,
     stub_headers,
 )
 from schemas.events import STATUS_CHANGED, SYNC_REQUESTED, DeadLetterReason
@@ -85,7 +87,28 @@ def binary(event: dict[str, object]) -> Bytes:
 
 def one(record: Bytes) -> Decoded:
     [decoded] = decode([record])
+    assert_collected_alike([record])
     return decoded
+
+
+def assert_collected_alike(records: Sequence[Bytes]) -> None:
+    """The hot path says of these records what `decode` says."""
+    collected: dict[UUID, Cause | None] = {}
+    plain, others = collect(records, collected)
+    decoded = decode(records)
+    hints = [event for event in decoded if isinstance(event, StatusHint)]
+    expected: dict[UUID, Cause | None] = {}
+    for event in hints:
+        keep_last(expected, event)
+    assert collected == expected
+    told = {id(record): event for record, event in others}
+    assert plain == len(records) - len(told)
+    for record, said in zip(records, decoded, strict=True):
+        if id(record) in told:
+            assert told[id(record)] == said
+        else:
+            assert isinstance(said, StatusHint)
+            assert not said.newer
 
 
 def reason(record: Bytes) -> str:
@@ -435,7 +458,9 @@ some_headers = st.lists(
 
 @given(st.lists(st.tuples(st.none() | st.binary(), some_headers), max_size=6))
 def test_random_bytes_never_raise(records: list[tuple[bytes | None, list[tuple[str, bytes]]]]) -> None:
-    assert len(decode([Bytes(value, headers) for value, headers in records])) == len(records)
+    given = [Bytes(value, headers) for value, headers in records]
+    assert len(decode(given)) == len(records)
+    assert_collected_alike(given)
 
 
 @given(
@@ -452,6 +477,62 @@ def test_random_json_never_raises_and_neighbours_change_nothing(
         [record, structured(hint(data=hint_data(to_status=5))), record, structured(hint())]
     )
     assert alone == beside_bad == beside_good
+
+
+MEMBERS = ["time", "subject", "user_id", "data_base64", "x", "correlationid", "traceparent", "id"]
+PIECES = [
+    "1e999",
+    "1" * 400,
+    "null",
+    "[]",
+    '"\\u0000"',
+    '"\\ud800"',
+    "{}",
+    '"a"',
+    '""',
+    "01",
+    '"\\""',
+    '"' + TRACE + '"',
+]
+ODD_BYTES = [
+    b"\x00",
+    b"\n",
+    b"\xff",
+    b"\xed\xa0\x80",
+    b"\xc3\xa9",
+    b" ",
+    b",",
+    b"}",
+    b'"',
+    b"\\",
+    b"\x1f",
+    b"\xef\xbb\xbf",
+]
+
+
+@st.composite
+def nearly_plain(draw: st.DrawFn) -> Bytes:
+    """A plain hint of one of a few campaigns, some of them with a member more and a few bytes changed."""
+    campaign = draw(st.sampled_from([CAMPAIGN, CAMPAIGN.upper(), USER, PROSPECT[:-1] + "3", ""]))
+    value = json.dumps(hint(id=draw(st.sampled_from(["h-1", "h-2"])), data=hint_data(campaign_id=campaign))).encode()
+    if draw(st.booleans()):
+        member = f'"{draw(st.sampled_from(MEMBERS))}": {draw(st.sampled_from(PIECES))},'.encode()
+        at = draw(st.sampled_from([1, value.index(b'{"campaign_id') + 1]))
+        value = value[:at] + member + value[at:]
+    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
+        at = draw(st.integers(0, len(value)))
+        value = value[:at] + draw(st.sampled_from([b"", *ODD_BYTES])) + value[at + draw(st.integers(0, 2)) :]
+    return Bytes(value, draw(st.sampled_from([(), (), (), [("x", b"y")], [("ce_id", b"i")]])))
+
+
+@given(st.lists(nearly_plain(), max_size=8))
+def test_the_hot_path_says_what_the_careful_path_says(records: list[Bytes]) -> None:
+    assert_collected_alike(records)
+
+
+@pytest.mark.parametrize("more", [{}, {"time": "x", "subject": "y", "correlationid": "z", "traceparent": TRACE}])
+def test_a_plain_hint_takes_the_hot_path(more: dict[str, object]) -> None:
+    assert collect([structured(hint(**more))], {}) == (1, [])
 
 
 CANARY = "qzxjkvwpy"  # occurs in no message of ours

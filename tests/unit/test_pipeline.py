@@ -257,8 +257,9 @@ class Letters:
         if next_of(self.world.letter_plan) == "away":
             raise Unavailable("kafka", "no broker")
         for record, _ in letters:
-            assert isinstance(record, Bytes)
-            self.world.done.add(record)
+            self.world.done.add(
+                Bytes(record.value, topic=record.topic, partition=record.partition, offset=record.offset)
+            )
         self.world.log.append(f"{len(letters)} dead letters")
 
     async def stubs(self, passed: Sequence[Passed]) -> None:
