@@ -4,12 +4,12 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import replace
 from datetime import datetime
 from typing import Final, Protocol
 from uuid import UUID
 
 import structlog
+from msgspec.structs import replace
 
 from consumer import recount
 from consumer.errors import ServiceError, TooSlow, described

@@ -6,6 +6,8 @@ from datetime import datetime
 from typing import Final
 from uuid import UUID
 
+import msgspec
+
 from consumer.envelope import Cause, DeadLetter, Record, SyncRequest
 from schemas.events import Trigger
 
@@ -34,8 +36,7 @@ class Seen:
     drift: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True, gc=False):
     """One campaign to recount, and everybody who wants to know. `hint`: ids of the last status hint.
 
     The last four fields tell the story of a deferred one: the reason it was deferred for last, how often in a row,

@@ -3,10 +3,13 @@
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final, NamedTuple
+from typing import Final
 from uuid import UUID, uuid5
+
+import msgspec
+from msgspec.structs import replace
 
 from consumer import envelope
 from consumer.envelope import Cause, SyncRequest
@@ -41,7 +44,7 @@ STATUSES: Final = (
 KNOWN_STATUSES: Final = frozenset(STATUSES)
 
 
-class Campaign(NamedTuple):  # named tuples: thousands a second, and made in a third of the time
+class Campaign(msgspec.Struct, frozen=True, gc=False):  # like Recount thousands a second: made in a tenth of the time
     """A campaign's row as after the recount; `stats` as stored (jsonb has no order)."""
 
     id: UUID
@@ -70,7 +73,7 @@ class Details:
     sender_accounts: Sequence[Mapping[str, object]]
 
 
-class Recount(NamedTuple):
+class Recount(msgspec.Struct, frozen=True, gc=False):
     """One recounted campaign, its row locked: the truth, and what was known before.
 
     `counts`: status -> count without zeros. `drift`: truth minus stored, keys that differ. `published_counts` None:

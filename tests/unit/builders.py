@@ -7,6 +7,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 from uuid import UUID, uuid5
 
+import msgspec
+import msgspec.structs
+
 from consumer.envelope import Cause, StatusHint, SyncRequest
 from consumer.generation import Work
 from consumer.guard import Limits, Resolved, Verdict, Window
@@ -33,9 +36,9 @@ def campaign_id(number: int) -> UUID:
 
 
 def changed(value: T, **fields: object) -> T:
-    """`value` with other fields; the names are checked by the dataclass itself."""
-    if isinstance(value, tuple):
-        return value._replace(**fields)  # type: ignore[attr-defined, no-any-return]  # a named tuple
+    """`value` with other fields; the names are checked by the class itself."""
+    if isinstance(value, msgspec.Struct):
+        return msgspec.structs.replace(value, **fields)
     return replace(value, **fields)  # type: ignore[type-var, return-value, unused-ignore]  # else a dataclass
 
 
