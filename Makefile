@@ -1,10 +1,12 @@
 # Needs only python3 (3.11 or newer) and make; everything else is fetched into .venv and .cache.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit faults soak schemas docs compat lint format bench bench-adopt lock clean
+.PHONY: help demo test test-unit faults soak schemas docs compat lint format lock clean \
+	bench bench-long bench-plots bench-profile bench-adopt
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .cache/peers/.ready
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -46,16 +48,27 @@ format: $(READY) ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(READY) ## Measure on real Kafka, beside a per-event consumer (needs Java 17 and Maven)
-	@$(BIN)/python -m tests.benchmarks $(ARGS)
+bench: $(PEERS) ## Measure on real Kafka, beside others' ways (needs Java 17 and Maven); QUICK=1 ONLY=drain,relaying
+	@$(if $(QUICK),QUICK=$(QUICK)) $(if $(ONLY),ONLY=$(ONLY)) $(BIN)/python -m tests.benchmarks $(ARGS)
+
+bench-long: $(PEERS) ## Measure what needs millions: memory, warm peers, how cost grows; ONLY=growth
+	@LONG=1 $(if $(ONLY),ONLY=$(ONLY)) $(BIN)/python -m tests.benchmarks $(ARGS)
+
+bench-plots: $(PEERS) ## Draw what `make bench-long` found
+	@.cache/peers/bin/python -m tests.benchmarks.plots build/bench-long.json
+
+bench-profile: $(PEERS) ## Where the time goes: flame graphs of a drain and of an idle service, statements, round trips
+	@$(BIN)/python -m tests.benchmarks.profile
 
 bench-adopt: $(READY) ## Measure what a product at work notices while it takes the service in; ARGS="--rounds 1"
 	@$(BIN)/python -m tests.benchmarks.adopt $(ARGS)
 
-lock: $(READY) ## Renew requirements.lock from pyproject.toml
+lock: $(READY) ## Renew the lock files from pyproject.toml and the peers' requirements
 	@$(BIN)/pip install -q uv
 	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--extra embedded --extra dev --extra bench pyproject.toml -o requirements.lock
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		tests/benchmarks/peers/requirements.in -o tests/benchmarks/peers/requirements.lock
 
 clean: ## Remove everything that was fetched or built
 	rm -rf .venv .cache build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -70,4 +83,12 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# The peers of `make bench`, apart: one of them pins an older pydantic.
+$(PEERS): $(READY) tests/benchmarks/peers/requirements.lock
+	@echo "Setting up .cache/peers (once)"
+	@$(PYTHON) -m venv --clear .cache/peers
+	@.cache/peers/bin/python -m pip install -q --disable-pip-version-check --require-hashes \
+		-r tests/benchmarks/peers/requirements.lock
 	@touch $@

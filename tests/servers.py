@@ -83,6 +83,11 @@ class ApacheKafka(Server):
         """For KAFKA_BOOTSTRAP_SERVERS."""
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def pids(self) -> list[int]:
+        """Of all its nodes."""
+        return [self.pid]
+
     def start(self) -> None:
         """Format the storage if it is new, start, wait until it accepts connections. Raises ServerFailed."""
         jars = kafka_jars()
@@ -178,6 +183,11 @@ class ApacheCluster:
     def bootstrap(self) -> str:
         """Past the proxies, for the tests themselves."""
         return ",".join(node.bootstrap for node in self.nodes.values())
+
+    @property
+    def pids(self) -> list[int]:
+        """Of all its nodes."""
+        return [node.pid for node in self.nodes.values()]
 
     @property
     def behind(self) -> dict[int, int]:

@@ -1,7 +1,8 @@
 """`make bench`: start servers, measure, print a table, write build/bench.json.
 
-Exit code 0 when every floor holds, 1 when one does not or a run came out wrong, 2 when something is missing.
-QUICK=1 measures less, and says so.
+`ONLY=drain,relay` measures a part, `QUICK=1` the most important with fewer rounds and less of everything, `LONG=1` what
+needs millions (`make bench-long`). Exit code 0 when every limit holds, 1 when one does not or a run came out wrong, 2
+when something is missing.
 """
 
 import asyncio
@@ -10,78 +11,106 @@ import logging
 import os
 import shutil
 import signal
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from consumer.demo.servers import Postgres, ServerFailed
-from tests.benchmarks import drain, workload
-from tests.benchmarks.drain import (
-    FLOOR,
-    MEMORY_LIMIT_MB,
-    OTHERS_AT_MOST,
-    PEAK_GROWTH_MB,
-    PER_EVENT,
-    SERVICE,
-    Failed,
-    Memory,
-    Plan,
-    Run,
+from tests.benchmarks import (
+    cluster,
+    counting,
+    crash,
+    drain,
+    growth,
+    hot,
+    joining,
+    latency,
+    memory,
+    processes,
+    reading,
+    relaying,
+    warm,
+    workload,
 )
+from tests.benchmarks.report import Report, table
+from tests.benchmarks.stage import PEERS_PYTHON, Failed, Size, Stage, flush_s
 from tests.servers import KAFKA_VERSION, REPOSITORY, ApacheKafka, java_available
 
-FULL: Final = Plan(campaigns=5_000, hints=500_000, rounds=3)
-QUICK: Final = Plan(campaigns=5_000, hints=200_000, rounds=2)
-WHOLE_DEADLINE_S: Final = 40 * 60.0
-RESULTS: Final = REPOSITORY / "build" / "bench.json"
+FULL: Final = Size(campaigns=10_000, hints=1_000_000, rounds=3)
+QUICK: Final = Size(campaigns=5_000, hints=200_000, rounds=2, is_quick=True)
+DEADLINE_S: Final = {"QUICK": 10 * 60.0, "": 60 * 60.0, "LONG": 2 * 60 * 60.0}
 POSTGRES: Final = {"fsync": "on", "synchronous_commit": "on", "shared_buffers": "512MB", "max_wal_size": "4GB"}
+KAFKA: Final = {"group.initial.rebalance.delay.ms": "1000"}  # default 3 000; so that two join in one rebalance
 DISK_AT_LEAST_S: Final = 10e-6  # a flush that is quicker reached no disk
+PEER_PACKAGES: Final = ("faststream", "quixstreams", "confluent_kafka", "msgspec")
+
+Measure = Callable[[Stage], Awaitable[Report]]
+MEASURES: Final[Mapping[str, Measure]] = {
+    "drain": drain.measure,
+    "reading": reading.measure,
+    "counting": counting.measure,
+    "latency": latency.measure,
+    "hot": hot.measure,
+    "relaying": relaying.measure,
+    "joining": joining.measure,
+    "processes": processes.measure,
+    "crash": crash.measure,
+}
+IN_QUICK: Final = ("drain", "counting", "latency", "relaying", "crash")
+LONG: Final[Mapping[str, Measure]] = {
+    "memory": memory.measure,
+    "warm": warm.measure,
+    "cluster": cluster.measure,
+    "growth": growth.measure,
+}
+WITH_PEERS: Final = frozenset(("drain", "reading", "warm"))
 
 
 def main() -> int:
-    """Measure everything; returns the exit code."""
-    if not java_available():
-        print("bench: Java 17 or Maven is missing, and only Apache Kafka counts here: install both"
-              " (Debian: apt-get install openjdk-17-jre-headless maven)", file=sys.stderr)  # fmt: skip
+    """Measure what was asked for; returns the exit code."""
+    mode = next((name for name in ("QUICK", "LONG") if os.environ.get(name, "") not in ("", "0")), "")
+    offered = LONG if mode == "LONG" else {name: MEASURES[name] for name in IN_QUICK} if mode else MEASURES
+    wanted = [name.strip() for name in os.environ.get("ONLY", "").split(",") if name.strip()]
+    chosen = {name: measure for name, measure in {**MEASURES, **LONG}.items() if name in (wanted or offered)}
+    if unknown := sorted(set(wanted) - {*MEASURES, *LONG}):
+        print(f"bench: ONLY={','.join(unknown)} is unknown, there are {', '.join((*MEASURES, *LONG))}", file=sys.stderr)
+        return 2
+    if missing := _missing(with_peers=mode != "QUICK" and not WITH_PEERS.isdisjoint(chosen)):
+        print("\n".join(f"bench: {line}" for line in missing), file=sys.stderr)
         return 2
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # NotLeader right after a topic was made is normal
-    quick = os.environ.get("QUICK", "") not in ("", "0")
-    plan = QUICK if quick else FULL
-    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     with ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix="cs-bench-"))
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         directory.chmod(0o711)  # PostgreSQL runs under another account when we are root
-        flush_s = _flush_s(directory)
-        if flush_s < DISK_AT_LEAST_S:
-            print(
-                f"bench: {directory.parent} flushes nothing to a disk: set TMPDIR to a folder on one", file=sys.stderr
-            )
+        disk_s = flush_s(directory)
+        if disk_s < DISK_AT_LEAST_S:
+            print(f"bench: {directory.parent} flushes nothing to a disk: set TMPDIR to one", file=sys.stderr)
             return 2
         try:
             postgres = Postgres(directory / "pg", options=POSTGRES)
             stack.callback(postgres.stop)
-            kafka = ApacheKafka(directory / "kafka")
+            kafka = ApacheKafka(directory / "kafka", KAFKA)
             stack.callback(kafka.stop)
             stack.callback(_deaf)  # runs first: a second Ctrl-C must not interrupt the cleaning up
             postgres.start()
             kafka.start()
-            return asyncio.run(_measure(postgres, kafka, directory, plan, quick, flush_s, console))
-        except (Failed, ServerFailed) as error:
+            size = QUICK if mode == "QUICK" else FULL
+            stage = Stage(postgres, kafka, directory, size, lambda line: console.print(line, soft_wrap=True))
+            return asyncio.run(_measure(stage, chosen, mode, disk_s, console))
+        except ServerFailed as error:
             print(f"bench: {error}", file=sys.stderr)
             return 1
         except TimeoutError:
@@ -91,157 +120,87 @@ def main() -> int:
             return 130
 
 
-async def _measure(
-    postgres: Postgres, kafka: ApacheKafka, directory: Path, plan: Plan, quick: bool, flush_s: float, console: Console
-) -> int:
+def _missing(*, with_peers: bool) -> list[str]:
+    """Everything that is not there, by name, with what to do."""
+    missing = []
+    if not java_available():
+        missing.append(
+            "Java 17 or Maven is missing, and only Apache Kafka counts here: install both"
+            " (Debian: apt-get install openjdk-17-jdk-headless maven)"
+        )
+    if not with_peers:
+        return missing
+    if not PEERS_PYTHON.exists():
+        missing.append(
+            f"the peers {', '.join(PEER_PACKAGES)} are missing: start this by `make bench`, which fetches them"
+        )
+    else:
+        probe = "import importlib.util, sys; print(*(n for n in sys.argv[1:] if importlib.util.find_spec(n) is None))"
+        lacking = subprocess.run(
+            [PEERS_PYTHON, "-c", probe, *PEER_PACKAGES], capture_output=True, text=True, check=True
+        ).stdout.split()  # fmt: skip
+        missing += [
+            f"the peer {name} is missing: remove .cache/peers and start this by `make bench`" for name in lacking
+        ]
+    return missing
+
+
+async def _measure(stage: Stage, chosen: Mapping[str, Measure], mode: str, disk_s: float, console: Console) -> int:
     begun = time.monotonic()
-    conditions = await _conditions(postgres, plan, quick, flush_s)
-    if quick:
-        console.print("QUICK=1: fewer rounds and hints than the real measurement; floors apply all the same")
+    conditions = await _conditions(stage, mode, disk_s)
+    if mode == "QUICK":
+        console.print("QUICK=1: fewer rounds and hints than the real measurement; limits apply all the same")
     console.print("  ".join(f"{name} {value}" for name, value in conditions.items()), soft_wrap=True)
-    runs: list[Run] = []
-    async with asyncio.timeout(WHOLE_DEADLINE_S):
-        field = await drain.prepare(postgres, kafka, directory, plan)
-        console.print(f"prepared in {time.monotonic() - begun:.0f} s")
-        for number in range(1, 2 * plan.rounds + 1):  # more than planned only for rounds that others disturbed
-            for run in await drain.duel(field, plan, number):
-                runs.append(run)
-                console.print(_line(run), soft_wrap=True)
-            if number - len({run.round for run in runs if run.others > OTHERS_AT_MOST}) == plan.rounds:
-                break
-        memory = await drain.memory(field, plan)
-    failures = _failures(runs, memory, plan)
-    console.print(_table(runs, memory))
+    reports = []
+    async with asyncio.timeout(DEADLINE_S[mode]):
+        for name, measure in chosen.items():
+            console.print(f"{name} ...")
+            started = time.monotonic()
+            try:
+                report = await measure(stage)
+            except (Failed, ServerFailed) as error:
+                report = Report(name, problems=[str(error)])
+            report.seconds = time.monotonic() - started
+            reports.append(report)
+            console.print(f"{name}: {report.seconds:.0f} s")
+    failures = [failure for report in reports for failure in report.failures()]
+    console.print(table(reports))
     for failure in failures:
         console.print(f"FAILED: {failure}", soft_wrap=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(_document(conditions, runs, memory, failures), indent=2) + "\n")
-    console.print(f"{time.monotonic() - begun:.0f} s; written to {RESULTS.relative_to(REPOSITORY)}")
+    _write({"conditions": conditions, "measures": {report.measure: report.document() for report in reports}}, mode)
+    console.print(f"{time.monotonic() - begun:.0f} s; written to {_results(mode).relative_to(REPOSITORY)}")
     return 1 if failures else 0
 
 
-async def _conditions(postgres: Postgres, plan: Plan, quick: bool, flush_s: float) -> dict[str, Any]:
-    async with workload.connected(postgres.url()) as db:
+def _results(mode: str) -> Path:
+    return REPOSITORY / "build" / ("bench-long.json" if mode == "LONG" else "bench.json")
+
+
+def _write(document: Mapping[str, Any], mode: str) -> None:
+    results = _results(mode)
+    results.parent.mkdir(exist_ok=True)
+    results.write_text(json.dumps(document, indent=2) + "\n")
+
+
+async def _conditions(stage: Stage, mode: str, disk_s: float) -> dict[str, Any]:
+    async with workload.connected(stage.postgres.url()) as db:
         version = await db.fetchval("SHOW server_version")
         fsync = await db.fetchval("SHOW fsync")
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "quick": quick,
-        "campaigns": plan.campaigns,
-        "hints": plan.hints,
-        "rounds": plan.rounds,
+        "mode": mode or "full",
+        "campaigns": stage.size.campaigns,
+        "hints": stage.size.hints,
+        "rounds": stage.size.rounds,
         "partitions": workload.PARTITIONS,
         "kafka": KAFKA_VERSION,
         "postgresql": version,
         "fsync": fsync,
-        "flush_us": round(flush_s * 1e6),
+        "flush_us": round(disk_s * 1e6),
         "python": sys.version.split()[0],
         "cores": os.cpu_count(),
         "load_before": round(os.getloadavg()[0], 2),
     }
-
-
-def _failures(runs: Sequence[Run], memory: Memory, plan: Plan) -> list[str]:
-    found = [
-        f"INVALID, does not count: {run.contestant} in round {run.round}: {problem}"
-        for run in runs
-        for problem in run.problems
-    ]
-    found.extend(f"INVALID, does not count: memory run: {problem}" for problem in memory.problems)
-    ratios = drain.ratios(runs)
-    if len(ratios) < plan.rounds:
-        found.append(f"only {len(ratios)} of {plan.rounds} rounds count: runs were wrong or other programs too busy")
-    if ratios and statistics.median(ratios) < FLOOR:
-        found.append(f"{statistics.median(ratios):.0f} times the per-event consumer's rate, the floor is {FLOOR:g}")
-    peak = max([memory.first_peak_mb, memory.second_peak_mb, *(r.peak_mb for r in runs if r.contestant == SERVICE)])
-    if peak >= MEMORY_LIMIT_MB:
-        found.append(f"{peak:.0f} MB resident, the limit is {MEMORY_LIMIT_MB:g}")
-    if memory.peak_growth_mb > PEAK_GROWTH_MB:
-        found.append(f"the second backlog took {memory.peak_growth_mb:.1f} MB more, {PEAK_GROWTH_MB:g} are allowed")
-    if memory.rest_growth_mb > memory.rest_allowed_mb:
-        found.append(
-            f"the second backlog left {memory.rest_growth_mb:.1f} MB, {memory.rest_allowed_mb:.1f} are allowed"
-        )
-    return found
-
-
-def _table(runs: Sequence[Run], memory: Memory) -> Table:
-    table = Table(box=box.ASCII, title="valid and undisturbed rounds only; ratios within a round")
-    for column in ("measure", "median", "min", "max", "limit"):
-        table.add_column(column, justify="left" if column == "measure" else "right", no_wrap=True)
-
-    def row(name: str, values: Sequence[float], form: str, limit: str = "") -> None:
-        if values:
-            table.add_row(name, *(format(value, form) for value in drain.spread(values).values()), limit)
-        else:
-            table.add_row(name, "-", "-", "-", limit)
-
-    valid = drain.counting(runs)
-    for name in (SERVICE, PER_EVENT):
-        mine = [run for run in valid if run.contestant == name]
-        row(f"{name}: events/s", [run.rate for run in mine], ",.0f")
-        row(f"{name}: CPU us/event", [run.cpu_s / run.events * 1e6 for run in mine], ",.1f")
-        row(f"{name}: published events/event", [run.published / run.events for run in mine], ".3f")
-        row(f"{name}: start to join, s", [run.start_s for run in mine], ".2f")
-        row(f"{name}: highest resident MB", [run.peak_mb for run in mine], ".0f", _limit(name))
-    row("cores kept busy by other programs", [run.others for run in valid], ".2f")
-    row(f"{SERVICE} / {PER_EVENT}", drain.ratios(runs), ",.0f", f">= {FLOOR:g}")
-    row("one process, 1st backlog: highest MB", [memory.first_peak_mb], ".1f", f"< {MEMORY_LIMIT_MB:g}")
-    row("one process, 2nd backlog: highest MB", [memory.second_peak_mb], ".1f", f"< {MEMORY_LIMIT_MB:g}")
-    row("one process, 2nd backlog: more than 1st, MB", [memory.peak_growth_mb], "+.1f", f"<= {PEAK_GROWTH_MB:g}")
-    row(
-        "one process, 2nd backlog: left behind, MB", [memory.rest_growth_mb], "+.1f", f"<= {memory.rest_allowed_mb:.1f}"
-    )
-    return table
-
-
-def _limit(contestant: str) -> str:
-    return f"< {MEMORY_LIMIT_MB:g}" if contestant == SERVICE else ""
-
-
-def _line(run: Run) -> str:
-    verdict = f"INVALID: {'; '.join(run.problems)}" if run.problems else "valid"
-    if run.others > OTHERS_AT_MOST:
-        verdict += ", disturbed: the round does not count"
-    return (
-        f"round {run.round}  {run.contestant:18}  {run.events:>7,} events in {run.seconds:6.2f} s = {run.rate:>9,.0f}/s"
-        f"  published {run.published:>6,}  others {run.others:4.2f} cores  {verdict}"
-    )
-
-
-def _document(
-    conditions: dict[str, Any], runs: Sequence[Run], memory: Memory, failures: Sequence[str]
-) -> dict[str, Any]:
-    ratios = drain.ratios(runs)
-    return {
-        "conditions": conditions,
-        "drain": {
-            "others_at_most": OTHERS_AT_MOST,
-            "ratio": {**drain.spread(ratios), "floor": FLOOR} if ratios else None,
-            "runs": [{**asdict(run), "rate": run.rate} for run in runs],
-        },
-        "memory": {
-            **asdict(memory),
-            "peak_growth_mb": memory.peak_growth_mb,
-            "peak_allowed_mb": PEAK_GROWTH_MB,
-            "rest_growth_mb": memory.rest_growth_mb,
-            "rest_allowed_mb": memory.rest_allowed_mb,
-        },
-        "failures": list(failures),
-    }
-
-
-def _flush_s(directory: Path) -> float:
-    """How long the disk takes for a small write that must last; the per-event consumer waits for that every time."""
-    taken = []
-    with (directory / "flush").open("wb", buffering=0) as file:
-        for _ in range(200):
-            file.write(bytes(8192))
-            begun = time.perf_counter()
-            os.fdatasync(file.fileno())
-            taken.append(time.perf_counter() - begun)
-    (directory / "flush").unlink()
-    return statistics.median(taken)
 
 
 def _end(number: int, _: FrameType | None) -> None:

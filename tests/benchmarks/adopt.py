@@ -34,7 +34,7 @@ from rich.table import Table
 from consumer import migrations
 from consumer.demo.servers import EmbeddedBroker, Postgres, Server, ServerFailed
 from tests.benchmarks import workload
-from tests.benchmarks.drain import others_s
+from tests.benchmarks.stage import others_s
 from tests.servers import REPOSITORY, ApacheKafka, java_available
 
 PAGE: Final = REPOSITORY / "deploy" / "adopting.md"
@@ -415,7 +415,7 @@ async def measure(postgres: Postgres, kafka: Any, directory: Path, options: argp
         others: list[float] = []
         for number in range(1, options.rounds + 1):
             name = f"adopt{number}"
-            await workload.copy_template(postgres.url(), name)
+            await workload.copy_database(postgres.url(), name, workload.TEMPLATE)
             one = Round(number, postgres.url(name), kafka, directory, options.long)
             began, busy_s = time.monotonic(), others_s()
             felt += await one.run()

@@ -1,476 +1,314 @@
-"""Drain a backlog of hints: the service beside a consumer that handles one event at a time. And the service's memory.
+"""Drain a backlog of hints: the service beside those that a team could write or take instead.
 
-The clock is the same for both and is read from outside. It starts with the last look at which the group had not joined
-yet. The service's stops when every hint is committed (the group's offsets) and outbox and deferred table are empty, the
-peer's at the first look after PEER_EVENTS committed events or PEER_SECONDS.
+The clock is the same for all and is read from outside. It starts with the last look at which the group had not joined
+yet. The service's stops when every hint is committed (the group's offsets) and outbox and deferred table are empty; a
+peer's at the first look after enough events (committed; by its own count where it commits rarely) or PEER_SECONDS.
 """
 
 import asyncio
-import contextlib
-import os
-import signal
-import statistics
+import re
 import sys
 import time
-import urllib.request
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
-from uuid import UUID
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
 
-import psutil  # type: ignore[import-untyped]  # has no types
-from aiokafka.admin import AIOKafkaAdminClient
-
-from consumer.demo.servers import Postgres, Server, free_port
 from schemas import events
 from schemas.topics import Topics
 from tests.benchmarks import workload
-from tests.benchmarks.workload import Truth
-from tests.servers import ApacheKafka
+from tests.benchmarks.peers import streams
+from tests.benchmarks.report import Figure, Limit, Report, at_least, at_most, ratios
+from tests.benchmarks.stage import (
+    LOOK_S,
+    PEERS,
+    PEERS_PYTHON,
+    Contestant,
+    Group,
+    Round,
+    Run,
+    Stage,
+    others_s,
+    rates,
+    reported,
+)
 
-FLOOR: Final = 250.0  # times the peer's rate
-OTHERS_AT_MOST: Final = 0.25  # cores; beyond it the peer, which waits more often, loses more than the service does
 MEMORY_LIMIT_MB: Final = 400.0
-PEAK_GROWTH_MB: Final = 16.0  # what a second backlog may add to the highest value: where pages lie is chance ...
-REST_GROWTH: Final = 0.05  # ... and to what stays afterwards: 5 MB of 100 would be 10 bytes kept of each hint
 PEER_EVENTS: Final = 3_000
+MANY_EVENTS: Final = 200_000  # of a peer that is not slow
 PEER_SECONDS: Final = 60.0
-JOIN_DEADLINE_S: Final = 60.0
-DRAIN_DEADLINE_S: Final = 300.0
-END_DEADLINE_S: Final = 20.0
-LOOK_S: Final = 0.05
-REST_S: Final = 3.0  # after a drain, before memory at rest is read
-FROZEN_AT_MOST_S: Final = 10.0  # below the group's session timeout of 15 s
+PEER_END_S: Final = 60.0  # to flush and commit what it counted
 SERVICE: Final = "service"
-PER_EVENT: Final = "per-event consumer"
-PEER: Final = Path(__file__).parent / "peers" / "per_event.py"
+COUNTED: Final = re.compile(rb"^counted (\d+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How much of everything."""
+class Peer:
+    """Somebody else's way. `command` is made at the last moment, because it may have to be built.
 
-    campaigns: int
-    hints: int
-    rounds: int
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One run of one contestant: `events` in `seconds` after the join; memory and CPU of its process alone.
-
-    `others`: cores that programs besides this benchmark and its servers kept busy meanwhile.
+    `counts_only`: has no database, and publishes what it counted; the others recount, and publish.
+    `tells_each`: publishes at least one event for every hint it has committed.
     """
 
-    contestant: str
-    round: int
+    name: str
+    limit: Limit
+    command: Callable[[], Sequence[str]]
     events: int
-    seconds: float
-    start_s: float
-    cpu_s: float
-    peak_mb: float
-    published: int
-    others: float
-    problems: Sequence[str]
-
-    @property
-    def rate(self) -> float:
-        """Events per second."""
-        return self.events / self.seconds
+    environment: Mapping[str, str] = field(default_factory=dict)
+    counts_only: bool = False
+    tells_each: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Resident megabytes of one process over two backlogs: the highest, and at rest afterwards."""
-
-    first_peak_mb: float
-    first_rest_mb: float
-    second_peak_mb: float
-    second_rest_mb: float
-    problems: Sequence[str]
-
-    @property
-    def peak_growth_mb(self) -> float:
-        """What the second backlog added to the highest value."""
-        return self.second_peak_mb - self.first_peak_mb
-
-    @property
-    def rest_growth_mb(self) -> float:
-        """What the second backlog left behind."""
-        return self.second_rest_mb - self.first_rest_mb
-
-    @property
-    def rest_allowed_mb(self) -> float:
-        """What it may leave behind."""
-        return REST_GROWTH * self.first_rest_mb
+def _script(name: str, python: object = PEERS_PYTHON) -> Callable[[], Sequence[str]]:
+    return lambda: [str(python), str(PEERS / f"{name}.py")]
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
-    """Where runs take place: the servers, the campaigns, and what the template holds."""
-
-    postgres: Postgres
-    kafka: ApacheKafka
-    directory: Path
-    ids: Sequence[UUID]
-    before: Truth
-
-    def environment(self, prefix: str, database: str, group: str, port: int = 0) -> dict[str, str]:
-        """Settings of the service for one run."""
-        return {
-            "DATABASE_URL": self.postgres.url(database),
-            "KAFKA_BOOTSTRAP_SERVERS": self.kafka.bootstrap,
-            "CAMPAIGN_STATS_TOPIC_PREFIX": prefix,
-            "CAMPAIGN_STATS_GROUP_ID": group,
-            "CAMPAIGN_STATS_HTTP_PORT": str(port),
-            "CAMPAIGN_STATS_SWEEP_INTERVAL_S": "0",
-            "CAMPAIGN_STATS_LOG_LEVEL": "WARNING",
-        }
-
-
-class Contestant(Server):
-    """A consumer as a process of its own, watched from outside."""
-
-    def __init__(self, name: str, directory: Path, command: Sequence[str], env: Mapping[str, str]) -> None:
-        super().__init__(directory)
-        self.name = name
-        self._command = command
-        self._env = env
-        self.peak_mb = 0.0
-
-    def start(self) -> None:
-        """Start it."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.spawn([sys.executable, *self._command], env=self._env)
-
-    def resident_mb(self) -> float:
-        """Resident memory now, 0 when it ended; remembered if it is the highest yet."""
-        now: float = psutil.Process(self.pid).memory_info().rss / 2**20
-        self.peak_mb = max(self.peak_mb, now)
-        return now
-
-    def cpu_s(self) -> float:
-        """CPU seconds so far, user and system."""
-        times = psutil.Process(self.pid).cpu_times()
-        return float(times.user + times.system)
-
-    async def ended(self) -> int | None:
-        """Its exit code once it ends by itself; None when it does not in time."""
-        deadline = time.monotonic() + END_DEADLINE_S
-        while self.process is not None and time.monotonic() < deadline:
-            if (code := self.process.poll()) is not None:
-                return code
-            await asyncio.sleep(LOOK_S)
-        return None
+PER_EVENT: Final = Peer(
+    "per-event aiokafka consumer", at_least(400), _script("per_event", sys.executable), PEER_EVENTS, tells_each=True
+)
+STREAMS: Final = {"STORE": "rocksdb", "COMMIT_MS": "", "THREADS": "1"}
+OTHERS: Final = (
+    Peer(
+        "FastStream, 1 worker", at_least(300), _script("faststream_events"), PEER_EVENTS, {"WORKERS": "1"},
+        tells_each=True,
+    ),
+    Peer("FastStream, 8 workers", at_least(110), _script("faststream_events"), PEER_EVENTS, {"WORKERS": "8"}),
+    Peer("FastStream batches + our SQL", at_least(6), _script("faststream_batches"), MANY_EVENTS),
+    Peer("quixstreams, counting only", at_least(5), _script("quix_counts"), MANY_EVENTS, counts_only=True),
+    Peer(
+        "Kafka Streams, RocksDB, commit 100 ms", at_least(1.3), streams.command, sys.maxsize,
+        {**STREAMS, "COMMIT_MS": "100"}, counts_only=True,
+    ),
+    Peer(
+        "Kafka Streams, RocksDB, default commit", at_least(1.0), streams.command, sys.maxsize, STREAMS,
+        counts_only=True,
+    ),
+)  # fmt: skip
 
 
-class Failed(Exception):
-    """A run that came to nothing; the message says why."""
+async def measure(stage: Stage) -> Report:
+    """The service beside all peers (only the first when quick), each once a round, the order reversed every round."""
+    peers = [PER_EVENT] if stage.size.is_quick else [PER_EVENT, *OTHERS]
+    runs: list[Run] = []
+    await stage.template()
+    for number in range(1, stage.size.rounds + 1):
+        runs.extend(await _round(stage, number, peers))
+    report = reported("drain", runs, rounds=min(stage.size.rounds, 3))
+    ours = rates(runs, SERVICE)
+    for peer in peers:
+        report.figures.append(Figure(f"drain vs {peer.name}", ratios(ours, rates(runs, peer.name)), ",.1f", peer.limit))
+    counting = [run for run in runs if run.counts]
+    for name in (SERVICE, *(peer.name for peer in peers)):
+        mine = [run for run in counting if run.contestant == name]
+        limit = at_most(MEMORY_LIMIT_MB) if name == SERVICE else None
+        report.figures += [
+            Figure(f"{name}: events/s", [run.rate for run in mine], ",.0f"),
+            Figure(f"{name}: CPU us/event", [run.cpu_s / run.events * 1e6 for run in mine], ",.1f"),
+            Figure(f"{name}: highest resident MB", [run.peak_mb for run in mine], ",.0f", limit),
+        ]
+    return report
 
 
-class Group:
-    """A consumer group, seen through the broker: it costs the contestant nothing to be looked at."""
-
-    def __init__(self, admin: Any, name: str, topic: str) -> None:
-        self._admin = admin
-        self._name = name
-        self._topic = topic
-
-    async def joined(self, contestant: Contestant) -> float:
-        """Wait for its first member; the moment of the last look that did not yet find it."""
-        deadline = time.monotonic() + JOIN_DEADLINE_S
-        before = time.monotonic()
-        while before < deadline:
-            looked = time.monotonic()
-            [answer] = await self._admin.describe_consumer_groups([self._name])
-            if answer.groups[0][2] == "Stable":
-                return before
-            before = looked
-            contestant.resident_mb()
-            await asyncio.sleep(LOOK_S / 2)
-        raise Failed(f"{contestant.name} did not join within {JOIN_DEADLINE_S:g} s:\n{contestant.last_lines()}")
-
-    async def committed(self) -> int:
-        """How many events of the topic are committed (its offsets begin at 0)."""
-        offsets = await self._admin.list_consumer_group_offsets(self._name)
-        return sum(max(0, at.offset) for partition, at in offsets.items() if partition.topic == self._topic)
+async def _round(stage: Stage, number: int, peers: Sequence[Peer]) -> list[Run]:
+    """Everybody on the same hints and equal databases, one after the other."""
+    order: list[Peer | None] = [*peers[: len(peers) // 2], None, *peers[len(peers) // 2 :]]
+    if number % 2 == 0:
+        order.reverse()
+    runs = []
+    async with stage.round(number, seed=number) as common:
+        for place, peer in enumerate(order):
+            if peer is None:
+                attempt: Callable[[str], Awaitable[Run]] = partial(service_run, stage, common)
+            else:
+                attempt = partial(_counting_run if peer.counts_only else _recounting_run, stage, common, peer)
+            runs.append(await stage.undisturbed(f"r{number}-{place}", attempt))
+    return runs
 
 
-async def prepare(postgres: Postgres, kafka: ApacheKafka, directory: Path, plan: Plan) -> Field:
-    """Campaigns in a template, once served by the service itself: their stats are right and were published once."""
-    ids = workload.campaign_ids(plan.campaigns)
-    url = postgres.url(workload.TEMPLATE)
-    await workload.make_template(postgres.url(), url, ids)
-    field = Field(postgres, kafka, directory, ids, await workload.read_truth(url))
-    topics = Topics("prepare.")
-    await workload.create_topics(kafka.bootstrap, topics.prefix)
-    await workload.write_hints(kafka.bootstrap, topics.of(events.STATUS_CHANGED), ids, seed=0)
-    service = _service(field, "prepare.", workload.TEMPLATE, "prepare", until_caught_up=True)
-    service.start()
-    try:
-        code = await service.ended()
-    finally:
-        service.stop()
-    if code != 0:
-        raise Failed(f"the service could not serve the template (exit code {code}):\n{service.last_lines()}")
-    news = await workload.read_news(kafka.bootstrap, topics.of(events.STATS_UPDATED))
-    if problems := await workload.prove(url, field.before, news, ids):
-        raise Failed(f"the template is not right: {'; '.join(problems)}")
-    async with workload.connected(url) as db:
-        await workload.settle(db)
-    await workload.delete_topics(kafka.bootstrap, topics.prefix)
-    return Field(postgres, kafka, directory, ids, await workload.read_truth(url))
-
-
-async def duel(field: Field, plan: Plan, number: int) -> tuple[Run, Run]:
-    """One round: the service and the peer on the same hints and equal databases; who begins changes with the round."""
-    prefix = f"round{number}."
-    topics = Topics(prefix)
-    draws = workload.zipf(field.ids, plan.hints, seed=number)
-    await workload.create_topics(field.kafka.bootstrap, prefix)
-    await workload.write_hints(field.kafka.bootstrap, topics.of(events.STATUS_CHANGED), draws, seed=number)
-    if number % 2:
-        ours = await _ours(field, plan, number, prefix, set(draws))
-        peer = await _peer(field, number, prefix)
-    else:
-        peer = await _peer(field, number, prefix)
-        ours = await _ours(field, plan, number, prefix, set(draws))
-    await workload.delete_topics(field.kafka.bootstrap, prefix)
-    return ours, peer
-
-
-async def _ours(field: Field, plan: Plan, number: int, prefix: str, hinted: set[UUID]) -> Run:
-    topics = Topics(prefix)
-    async with _database(field, f"ours{number}", seed=number) as database, _admin(field) as admin:
-        group = Group(admin, f"ours{number}", topics.of(events.STATUS_CHANGED))
-        service = _service(field, prefix, database, f"ours{number}", until_caught_up=True)
+async def service_run(stage: Stage, common: Round, name: str, *, processes: int = 1, contestant: str = SERVICE) -> Run:
+    """One run of the service, in one process or several of one group, from joined to drained."""
+    before, topics = await stage.template(), common.topics
+    published_before = await workload.ends(stage.kafka.bootstrap, topics.of(events.STATS_UPDATED))
+    async with stage.database(name, of=common.database) as database, stage.admin() as admin:
+        group = Group(admin, name, topics.of(events.STATUS_CHANGED))
+        services = [stage.service(f"{name}-{place}", topics.prefix, database, name) for place in range(processes)]
         begun = time.monotonic()
-        service.start()
+        problems: list[str] = []
         try:
-            joined = await group.joined(service)
-            cpu_s, busy_s = service.cpu_s(), others_s()
-            finished = await _drained(field, database, group, service, plan.hints)
-            cpu_s, busy_s = service.cpu_s() - cpu_s, others_s() - busy_s
-            code = await service.ended()
+            for service in services:
+                service.start()
+            joined = await group.joined(services[0], members=processes)
+            cpu_s, busy_s = sum(service.cpu_s() for service in services), others_s()
+            postgres_s, kafka_s = stage.servers_cpu_s()
+            finished = await stage.drained(database, group, services, len(common.draws))
+            cpu_s, busy_s = sum(service.cpu_s() for service in services) - cpu_s, others_s() - busy_s
+            postgres_s, kafka_s = (
+                after - at for after, at in zip(stage.servers_cpu_s(), (postgres_s, kafka_s), strict=True)
+            )
+            told = [await service.metrics() for service in services]
+            problems += _disagreements(told, len(common.draws))
+            for service in services:
+                if service.process is not None:
+                    service.process.terminate()
+            for service in services:
+                if (code := await service.ended()) != 0:
+                    problems.append(f"the service ended with {code}: {service.last_lines(3)}")
         finally:
-            service.stop()
-        news = await workload.read_news(field.kafka.bootstrap, topics.of(events.STATS_UPDATED))
-        problems = await workload.prove(field.postgres.url(database), field.before, news, hinted)
-    if code != 0:
-        problems.append(f"the service ended with {code}: {service.last_lines(3)}")
+            for service in services:
+                service.stop()
+        news = await workload.read_news(stage.kafka.bootstrap, topics.of(events.STATS_UPDATED), behind=published_before)
+        problems += await workload.prove(stage.postgres.url(database), before, news, set(common.draws))
     return Run(
-        SERVICE,
-        number,
-        events=plan.hints,
-        seconds=finished - joined,
+        contestant,
+        common.number,
+        len(common.draws),
+        finished - joined,
+        cpu_s,
+        sum(service.peak_mb for service in services),
+        busy_s / (finished - joined),
+        problems,
         start_s=joined - begun,
-        cpu_s=cpu_s,
-        peak_mb=service.peak_mb,
         published=news.events,
-        others=busy_s / (finished - joined),
-        problems=problems,
+        recounts=round(sum(series['campaign_stats_recounts_total{caller="chunk"}'] for series in told)),
+        postgres_s=postgres_s,
+        kafka_s=kafka_s,
+        recount_s=sum(series['campaign_stats_recount_seconds_sum{caller="chunk"}'] for series in told),
     )
 
 
-async def _peer(field: Field, number: int, prefix: str) -> Run:
-    topic = Topics(prefix).of(events.STATUS_CHANGED)
-    output = f"{prefix}peer.stats-updated"
-    async with _database(field, f"peer{number}", seed=number) as database, _admin(field) as admin:
-        url = field.postgres.url(database)
-        await workload.create_topic(field.kafka.bootstrap, output)
+def _disagreements(told: Sequence[Mapping[str, float]], records: int) -> list[str]:
+    """Where the service's own metrics tell another story than the broker."""
+    read = sum(series['campaign_stats_records_total{kind="status_hint"}'] for series in told)
+    return [f"/metrics says {read:g} hints"] if read < records else []
+
+
+async def _recounting_run(stage: Stage, common: Round, peer: Peer, name: str) -> Run:
+    topics = common.topics
+    output, due = f"{topics.prefix}{name}.stats-updated", min(peer.events, len(common.draws))
+    async with stage.database(name, of=common.database) as database, stage.admin() as admin:
+        url = stage.postgres.url(database)
+        await workload.create_topic(stage.kafka.bootstrap, output)
         async with workload.connected(url) as db:
             started_at = await db.fetchval("SELECT clock_timestamp()")
-        environment = {
-            "DATABASE_URL": url,
-            "KAFKA_BOOTSTRAP_SERVERS": field.kafka.bootstrap,
-            "INPUT_TOPIC": topic,
-            "OUTPUT_TOPIC": output,
-            "GROUP_ID": f"peer{number}",
-        }
-        group = Group(admin, f"peer{number}", topic)
-        peer = Contestant(f"peer{number}", field.directory / f"peer{number}", [str(PEER)], environment)
+        group = Group(admin, name, topics.of(events.STATUS_CHANGED))
+        process = peer_process(stage, name, topics, peer, output, DATABASE_URL=url)
         begun = time.monotonic()
-        peer.start()
+        process.start()
+        done = 0
         try:
-            joined = await group.joined(peer)
-            cpu_s, busy_s = peer.cpu_s(), others_s()
-            done = 0
-            while done < PEER_EVENTS and time.monotonic() < joined + PEER_SECONDS:
+            joined = await group.joined(process)
+            cpu_s, busy_s = process.cpu_s(), others_s()
+            while done < due and time.monotonic() < joined + PEER_SECONDS and not process.has_ended:
                 await asyncio.sleep(LOOK_S)
                 done = await group.committed()
-                peer.resident_mb()
+                process.resident_mb()
             finished = time.monotonic()
-            cpu_s, busy_s = peer.cpu_s() - cpu_s, others_s() - busy_s
+            said = process.last_lines(3)
+            cpu_s, busy_s = process.cpu_s() - cpu_s, others_s() - busy_s
         finally:
-            peer.stop()
-        news = await workload.read_news(field.kafka.bootstrap, output)
+            process.stop()
+        news = await workload.read_news(stage.kafka.bootstrap, output)
         truth = await workload.read_truth(url)
         async with workload.connected(url) as db:
-            touched = await db.fetch("SELECT id FROM campaigns WHERE last_synced_at >= $1", started_at)
+            touched = {
+                row["id"] for row in await db.fetch("SELECT id FROM campaigns WHERE last_synced_at >= $1", started_at)
+            }
     problems = []
-    if done == 0:
-        problems.append(f"the peer did nothing: {peer.last_lines(3)}")
-    if news.events < done:
+    if done < PEER_EVENTS:
+        problems.append(f"the peer did only {done} events: {said}")
+    if not touched or touched - news.latest.keys():
+        problems.append(f"the peer recounted {len(touched)} campaigns and told of {len(news.latest)}")
+    if peer.tells_each and news.events < done:
         problems.append(f"the peer committed {done} events and published {news.events}")
-    if drifted := {row["id"] for row in touched} & set(truth.drifted()):
+    if drifted := touched & set(truth.drifted()):
         problems.append(f"the peer wrote wrong stats to {len(drifted)} campaigns")
     return Run(
-        PER_EVENT,
-        number,
-        events=done,
-        seconds=finished - joined,
+        peer.name,
+        common.number,
+        done,
+        finished - joined,
+        cpu_s,
+        process.peak_mb,
+        busy_s / (finished - joined),
+        problems,
         start_s=joined - begun,
-        cpu_s=cpu_s,
-        peak_mb=peer.peak_mb,
         published=news.events,
-        others=busy_s / (finished - joined),
-        problems=problems,
     )
 
 
-async def memory(field: Field, plan: Plan) -> Memory:
-    """Two backlogs of the same size, one after the other, in one process that never stops in between.
-
-    The second is written while the process is frozen (SIGSTOP), so that it too finds a backlog and not a trickle.
-    """
-    prefix = "memory."
-    topics = Topics(prefix)
-    topic = topics.of(events.STATUS_CHANGED)
-    problems: list[str] = []
-    first, second = (workload.zipf(field.ids, plan.hints, seed) for seed in (101, 102))
-    await workload.create_topics(field.kafka.bootstrap, prefix)
-    await workload.write_hints(field.kafka.bootstrap, topic, first, seed=101)
-    async with _database(field, "memory", seed=101) as database, _admin(field) as admin:
-        group = Group(admin, "memory", topic)
-        port = free_port()
-        service = _service(field, prefix, database, "memory", until_caught_up=False, port=port)
-        service.start()
+async def _counting_run(stage: Stage, common: Round, peer: Peer, name: str) -> Run:
+    """A peer that only counts hints: until it says that it has counted enough, then it must end with 0 by itself."""
+    topics, draws = common.topics, common.draws
+    due = min(peer.events, len(draws))
+    output = f"{topics.prefix}{name}.counts"
+    await workload.create_topic(stage.kafka.bootstrap, output)
+    async with stage.admin() as admin:
+        group = Group(admin, name, topics.of(events.STATUS_CHANGED))
+        process = peer_process(stage, name, topics, peer, output, EXPECTED=str(due))
+        begun = time.monotonic()
+        process.start()
+        counted = 0
         try:
-            await group.joined(service)
-            await _drained(field, database, group, service, plan.hints)
-            first_rest = await _rest(service)
-            first_peak = service.peak_mb
-            await workload.change(field.postgres.url(database), seed=102)
-            os.kill(service.pid, signal.SIGSTOP)
-            try:
-                writing = asyncio.create_task(workload.write_hints(field.kafka.bootstrap, topic, second, seed=102))
-                await asyncio.wait([writing], timeout=FROZEN_AT_MOST_S)
-            finally:
-                os.kill(service.pid, signal.SIGCONT)
-            await writing
-            service.peak_mb = 0.0
-            await _drained(field, database, group, service, 2 * plan.hints)
-            second_rest = await _rest(service)
-            problems.extend(await _disagreements(port, 2 * plan.hints))
-            os.kill(service.pid, signal.SIGTERM)
-            if (code := await service.ended()) != 0:
-                problems.append(f"the service ended with {code}: {service.last_lines(3)}")
+            joined = await group.joined(process)
+            cpu_s, busy_s = process.cpu_s(), others_s()
+            while counted < due and time.monotonic() < joined + PEER_SECONDS:
+                if process.has_ended:
+                    counted = counted_in(process)
+                    break
+                process.resident_mb()
+                counted = counted_in(process)
+                await asyncio.sleep(LOOK_S / 5)
+            finished = time.monotonic()
+            if not process.has_ended:
+                cpu_s = process.cpu_s() - cpu_s
+            busy_s = others_s() - busy_s
+            code = await process.ended(PEER_END_S)
+            total = counted_in(process)
         finally:
-            service.stop()
-        news = await workload.read_news(field.kafka.bootstrap, topics.of(events.STATS_UPDATED))
-        hinted = {*first, *second}
-        problems.extend(await workload.prove(field.postgres.url(database), field.before, news, hinted))
-    await workload.delete_topics(field.kafka.bootstrap, prefix)
-    return Memory(first_peak, first_rest, service.peak_mb, second_rest, problems)
-
-
-def others_s() -> float:
-    """CPU seconds since boot that were spent neither by this benchmark nor by anything it started."""
-    machine = psutil.cpu_times()
-    idle = sum(getattr(machine, name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice"))
-    ours = 0.0
-    me = psutil.Process()
-    for process in (me, *me.children(recursive=True)):
-        with contextlib.suppress(psutil.Error):  # ended between two lines: its parent counts it from now on
-            times = process.cpu_times()
-            ours += times.user + times.system + times.children_user + times.children_system
-    return float(sum(machine) - idle - ours)
-
-
-def ratios(runs: Sequence[Run]) -> list[float]:
-    """Service over peer, one per round in which both runs count."""
-    rates: dict[int, dict[str, float]] = {}
-    for run in counting(runs):
-        rates.setdefault(run.round, {})[run.contestant] = run.rate
-    return [pair[SERVICE] / pair[PER_EVENT] for pair in rates.values() if len(pair) == 2]
-
-
-def counting(runs: Sequence[Run]) -> list[Run]:
-    """Valid runs of rounds that no other program disturbed."""
-    disturbed = {run.round for run in runs if run.others > OTHERS_AT_MOST}
-    return [run for run in runs if not run.problems and run.round not in disturbed]
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-async def _drained(field: Field, database: str, group: Group, service: Contestant, events_due: int) -> float:
-    """Wait until so many events are committed and everything is published; when that was."""
-    deadline = time.monotonic() + DRAIN_DEADLINE_S
-    async with workload.connected(field.postgres.url(database)) as db:
-        while time.monotonic() < deadline:
-            service.resident_mb()
-            if await group.committed() >= events_due and await workload.waiting(db) == 0:
-                return time.monotonic()
-            if service.process is None or service.process.poll() is not None:
-                break
-            await asyncio.sleep(LOOK_S)
-    raise Failed(f"{service.name}: {await group.committed()} of {events_due} events committed:\n{service.last_lines()}")
-
-
-async def _rest(service: Contestant) -> float:
-    """Resident memory a few seconds after the last work."""
-    await asyncio.sleep(REST_S)
-    return service.resident_mb()
-
-
-async def _disagreements(port: int, records: int) -> list[str]:
-    """Where the service's own metrics tell another story than the broker."""
-    page = await asyncio.to_thread(_scrape, f"http://127.0.0.1:{port}/metrics")
-    seen: dict[str, float] = {}
-    for line in page.splitlines():
-        if not line.startswith("#"):
-            name, _, value = line.rpartition(" ")
-            seen[name] = float(value)
-    lag = sum(value for name, value in seen.items() if name.startswith("campaign_stats_lag_records"))
-    read = seen['campaign_stats_records_total{kind="status_hint"}']
-    return ([f"/metrics says lag {lag:g}"] if lag else []) + (
-        [f"/metrics says {read:g} hints"] if read != records else []
+            process.stop()
+    problems = []
+    counts = await workload.read_counts(stage.kafka.bootstrap, output)
+    if code != 0 or counted < PEER_EVENTS:
+        problems.append(f"the peer counted {counted} events and ended with {code}: {process.last_lines(3)}")
+    if sum(counts.values()) != total:
+        problems.append(f"the peer counted {total} events and published counts of {sum(counts.values())}")
+    elif total == len(draws) and counts != Counter(draws):
+        problems.append("the peer published wrong counts")
+    return Run(
+        peer.name,
+        common.number,
+        counted,
+        finished - joined,
+        cpu_s,
+        process.peak_mb,
+        busy_s / (finished - joined),
+        problems,
+        start_s=joined - begun,
     )
 
 
-def _scrape(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=5) as answer:
-        text: str = answer.read().decode()
-        return text
+def peer_process(stage: Stage, name: str, topics: Topics, peer: Peer, output: str, **environment: str) -> Contestant:
+    state = stage.directory / name / "state"
+    return Contestant(
+        name,
+        stage.directory / name,
+        peer.command(),
+        {
+            "KAFKA_BOOTSTRAP_SERVERS": stage.kafka.bootstrap,
+            "INPUT_TOPIC": topics.of(events.STATUS_CHANGED),
+            "OUTPUT_TOPIC": output,
+            "GROUP_ID": name,
+            "STATE_DIR": str(state),
+            **peer.environment,
+            **environment,
+        },
+    )
 
 
-def _service(
-    field: Field, prefix: str, database: str, group: str, *, until_caught_up: bool, port: int = 0
-) -> Contestant:
-    command = ["-m", "consumer", "run", *(["--until-caught-up"] if until_caught_up else [])]
-    return Contestant(group, field.directory / group, command, field.environment(prefix, database, group, port))
-
-
-@asynccontextmanager
-async def _database(field: Field, name: str, seed: int) -> AsyncIterator[str]:
-    await workload.copy_template(field.postgres.url(), name)
-    try:
-        await workload.change(field.postgres.url(name), seed)
-        yield name
-    finally:
-        await workload.drop(field.postgres.url(), name)
-
-
-@asynccontextmanager
-async def _admin(field: Field) -> AsyncIterator[Any]:
-    admin = AIOKafkaAdminClient(bootstrap_servers=field.kafka.bootstrap)
-    await admin.start()
-    try:
-        yield admin
-    finally:
-        await admin.close()
+def counted_in(process: Contestant) -> int:
+    """The last number of events that the peer says it has counted."""
+    with process.log.open("rb") as log:
+        log.seek(max(0, log.seek(0, 2) - 4096))
+        said = COUNTED.findall(log.read())
+    return int(said[-1]) if said else 0

@@ -1,0 +1,186 @@
+"""From a hint to its news at 1 000 hints a second: the service, woken after each commit, beside one that only polls.
+
+The clock of a hint starts when it is handed to the upstream's client, after the commit of what it speaks of, and stops
+when the event that names it as its cause is in a receiver's hands. Every hint is for another campaign than those
+before, so each is news and nothing is coalesced. The first seconds do not count.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+from schemas import events
+from schemas.topics import Topics
+from tests.benchmarks import variants, workload
+from tests.benchmarks.report import Figure, Report, at_most, ratios
+from tests.benchmarks.stage import Contestant, Group, Stage, others_s
+from tests.benchmarks.trials import Trial, counted, interleaved, report_of
+from tests.benchmarks.upstream import Answer, Receiver, Stream, Upstream, percentile, receiving, unanswered
+
+PER_SECOND: Final = 1_000.0
+WARM_UP_S: Final = 4.0
+MEASURED_S: Final = 12.0
+CEILING: Final = 0.35
+SERVICE: Final = ("-m", "consumer")
+NAMES: Final[Mapping[str, Sequence[str]]] = {
+    "service": SERVICE,
+    "relay polls every 100 ms": variants.command("polling"),
+}
+
+
+@dataclass(slots=True)
+class Course:
+    """One run under way: the service joined, the upstream at its pace, everything noted."""
+
+    stage: Stage
+    name: str
+    topics: Topics
+    database: str
+    group: Group
+    receiver: Receiver
+    services: list[Contestant]
+    begun: float = 0.0  # monotonic: when the warm-up was over
+    ended: float = 0.0
+    cpu_s: float = 0.0
+    others: float = 0.0
+    made: Mapping[str, int] = field(default_factory=dict)
+    answers: Mapping[str, Mapping[int, Answer]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def counting(self, stream: str) -> list[Answer]:
+        """The answers to what was made after the warm-up."""
+        return [answer for answer in self.answers.get(stream, {}).values() if answer.made >= self.begun]
+
+    def trial(self, number: int, contestant: str, values: Mapping[str, float]) -> Trial:
+        """What came of it."""
+        return Trial(
+            contestant,
+            number,
+            sum(len(self.counting(stream)) for stream in self.answers),
+            self.ended - self.begun,
+            self.cpu_s,
+            sum(service.peak_mb for service in self.services),
+            self.others,
+            self.problems,
+            published=len(self.receiver.arrivals),
+            values=values,
+        )
+
+
+async def measured(course: Course) -> None:
+    """What happens meanwhile: nothing."""
+    await asyncio.sleep(MEASURED_S)
+
+
+async def nothing(url: str) -> None:
+    """What is done to the database before: nothing."""
+
+
+async def steady(
+    stage: Stage,
+    name: str,
+    streams: Sequence[Stream],
+    *,
+    command: Sequence[str] = SERVICE,
+    base: str = workload.TEMPLATE,
+    before: workload.Truth,
+    prepare: Callable[[str], Awaitable[None]] = nothing,
+    meanwhile: Callable[[Course], Awaitable[None]] = measured,
+) -> Course:
+    """One process serves a steady upstream on a copy of `base`, until everything is answered; checked like a drain.
+
+    Every hint of the first stream must have been answered by news. `meanwhile` begins after the warm-up and may start
+    more processes; CPU and what others used are its alone.
+    """
+    async with AsyncExitStack() as stack:
+        topics = await stack.enter_async_context(stage.topics(f"{name}."))
+        database = await stack.enter_async_context(stage.database(name, of=base))
+        url = stage.postgres.url(database)
+        await prepare(url)
+        admin = await stack.enter_async_context(stage.admin())
+        receiver = await stack.enter_async_context(receiving(stage.kafka.bootstrap, topics.of(events.STATS_UPDATED)))
+        group = Group(admin, name, topics.of(events.STATUS_CHANGED))
+        service = stage.service(f"{name}-service", topics.prefix, database, name, command=command)
+        course = Course(stage, name, topics, database, group, receiver, [service])
+        upstream = Upstream(stage, f"{name}-upstream", topics, database, streams)
+        try:
+            service.start()
+            await group.joined(service)
+            upstream.start()
+            await upstream.begun()
+            await asyncio.sleep(WARM_UP_S)
+            await _watched(course, meanwhile)
+            course.made, wrong = await upstream.end()
+            await stage.drained(database, group, course.services, sum(course.made.values()))
+            course.problems = wrong + await stopped(course.services)
+        finally:
+            upstream.stop()
+            for process in course.services:
+                process.stop()
+        await receiver.settled()
+        course.answers = receiver.answers()
+        course.problems += unanswered(course.made, course.answers, streams[0].name)
+        course.problems += await workload.prove(url, before, receiver.news(), set(before.counts))
+    return course
+
+
+async def _watched(course: Course, meanwhile: Callable[[Course], Awaitable[None]]) -> None:
+    course.begun = time.monotonic()
+    cpu_s, busy_s = sum(service.cpu_s() for service in course.services), others_s()
+    await meanwhile(course)
+    course.ended = time.monotonic()
+    course.cpu_s = sum(service.cpu_s() for service in course.services) - cpu_s
+    course.others = (others_s() - busy_s) / (course.ended - course.begun)
+    for service in course.services:
+        service.resident_mb()
+
+
+async def stopped(services: Sequence[Contestant]) -> list[str]:
+    """Stop them; what is wrong with how they ended."""
+    for service in services:
+        if service.process is not None:
+            service.process.terminate()
+    return [
+        f"{service.name} ended with {code}: {service.last_lines(3)}"
+        for service in services
+        if (code := await service.ended()) != 0
+    ]
+
+
+def latencies(course: Course, stream: str) -> dict[str, float]:
+    """Milliseconds."""
+    taken = [answer.latency_s * 1e3 for answer in course.counting(stream)]
+    return {
+        "p50 ms": percentile(taken, 50),
+        "p99 ms": percentile(taken, 99),
+        "highest ms": max(taken, default=0.0),
+        "CPU us/hint": course.cpu_s / max(1, len(taken)) * 1e6,
+    }
+
+
+async def measure(stage: Stage) -> Report:
+    """Each once a round, the order reversed every round."""
+    before = await stage.template()
+    streams = [Stream("all", PER_SECOND)]
+
+    async def attempt(contestant: str, number: int, name: str) -> Trial:
+        course = await steady(stage, name, streams, command=NAMES[contestant], before=before)
+        return course.trial(number, contestant, latencies(course, "all"))
+
+    trials = await interleaved(stage, "latency", stage.size.rounds, {name: partial(attempt, name) for name in NAMES})
+    report = report_of("latency", stage, trials)
+    ours, polls = NAMES
+    against = ratios(counted(trials, ours, "p99 ms"), counted(trials, polls, "p99 ms"))
+    report.figures = [
+        Figure("p99 latency at 1 000/s vs a relay that polls every 100 ms", against, ",.2f", at_most(CEILING)),
+        *(
+            Figure(f"{name}: {value}", list(counted(trials, name, value).values()), ",.0f")
+            for name in NAMES
+            for value in ("p50 ms", "p99 ms", "CPU us/hint")
+        ),
+    ]
+    return report

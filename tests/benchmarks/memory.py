@@ -1,0 +1,57 @@
+"""Resident memory of one process over five million hints."""
+
+import time
+from typing import Final
+
+from schemas import events
+from tests.benchmarks import workload
+from tests.benchmarks.report import Figure, Report, at_most
+from tests.benchmarks.stage import Group, Round, Stage
+
+HINTS: Final = 5_000_000
+PARTS: Final = 5
+LIMIT_MB: Final = 400.0
+GROWTH_MB: Final = 16.0  # what the last million may add to the first one's peak: where pages lie is chance
+
+
+async def measure(stage: Stage) -> Report:
+    """One drain; the highest value within each fifth of the hints, counted by what is committed."""
+    async with stage.round(1, seed=300, hints=HINTS) as common:
+        peaks, problems = await _run(stage, common)
+    figures = [
+        Figure(f"resident MB, {place + 1}. million: highest", [peak], ",.0f") for place, peak in enumerate(peaks)
+    ]
+    figures.append(Figure("resident MB over 5 M hints: highest", [max(peaks)], ",.0f", at_most(LIMIT_MB)))
+    figures.append(
+        Figure(
+            "resident MB: last million's highest minus the first's", [peaks[-1] - peaks[0]], "+,.1f", at_most(GROWTH_MB)
+        )
+    )
+    return Report("memory", figures, problems, [{"peaks_mb": peaks}], rounds=1)
+
+
+async def _run(stage: Stage, common: Round) -> tuple[list[float], list[str]]:
+    before = await stage.template()
+    topics, peaks = common.topics, [0.0] * PARTS
+    problems: list[str] = []
+    async with stage.database("memory", of=common.database) as database, stage.admin() as admin:
+        group = Group(admin, "memory", topics.of(events.STATUS_CHANGED))
+        service = stage.service("memory", topics.prefix, database, "memory")
+        service.start()
+        try:
+            begun = await group.joined(service)
+            done = 0
+            while done < HINTS and time.monotonic() < begun + 10 * 60 and not service.has_ended:
+                done = await group.committed()
+                place = min(PARTS - 1, done * PARTS // HINTS)
+                peaks[place] = max(peaks[place], service.resident_mb())
+            await stage.drained(database, group, [service], HINTS)
+            if service.process is not None:
+                service.process.terminate()
+            if (code := await service.ended()) != 0:
+                problems.append(f"the service ended with {code}: {service.last_lines(3)}")
+        finally:
+            service.stop()
+        news = await workload.read_news(stage.kafka.bootstrap, topics.of(events.STATS_UPDATED))
+        problems += await workload.prove(stage.postgres.url(database), before, news, set(common.draws))
+    return peaks, problems

@@ -1,0 +1,117 @@
+"""Reading only, with confluent-kafka: what client and decoder cost before anything is done with a hint.
+
+Idiom: `assign` without a group and `consume` for many messages a call, from the client's reference
+(https://docs.confluent.io/platform/current/clients/confluent-kafka-python/html/index.html); the sizes are librdkafka's
+(https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md).
+
+MODE=same reads what the service reads: by its own `decode`, with its settings of the garbage collector. MODE=msgspec
+takes the campaign's id and looks at nothing else (https://jcristharif.com/msgspec/perf-tips.html, "Avoid decoding
+unused fields"): it would take an event of any type, and an id that is none.
+
+Settings from the environment: KAFKA_BOOTSTRAP_SERVERS, INPUT_TOPIC, EXPECTED (how many records to read), MODE; `same`
+needs the repository on PYTHONPATH. Prints one JSON line. CPU is that of all threads, librdkafka's too.
+"""
+
+import gc
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPartition
+
+from consumer.envelope import StatusHint, decode
+
+BATCH = 1_000  # 500 to 2 000 are equal, 10 000 costs `msgspec` 1.15x (measured)
+SETTINGS = {
+    "group.id": "none",  # must be there; nobody joins it
+    "enable.auto.commit": False,
+    "queued.min.messages": 500_000,  # let librdkafka's threads run ahead ...
+    "queued.max.messages.kbytes": 256 * 1024,
+    "fetch.queue.backoff.ms": 10,  # ... and when they are far enough ahead, not rest for a second
+    "fetch.message.max.bytes": 4 * 2**20,
+}
+
+
+class Read(NamedTuple):
+    """What `decode` looks at, first; the rest of its Record it does not ask a good record for."""
+
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes | None]]
+    topic: str = ""
+    partition: int = 0
+    offset: int = 0
+    key: bytes | None = None
+    timestamp: int = 0
+
+
+class Data(msgspec.Struct):
+    """The one field that is wanted."""
+
+    campaign_id: str
+
+
+class Event(msgspec.Struct):
+    """And where it stands."""
+
+    data: Data
+
+
+def same(messages: list[Any]) -> set[object]:
+    """The dirty campaigns, as the service finds them."""
+    hints = decode([Read(message.value(), message.headers() or ()) for message in messages])
+    return {hint.campaign_id for hint in hints if isinstance(hint, StatusHint)}
+
+
+EVENTS = msgspec.json.Decoder(Event)
+
+
+def bare(messages: list[Any]) -> set[object]:
+    """The dirty campaigns, nothing validated."""
+    return {EVENTS.decode(message.value()).data.campaign_id for message in messages}
+
+
+def read(consumer: Consumer, expected: int, dirty_of: Callable[[list[Any]], set[object]]) -> dict[str, float]:
+    """Read so many records."""
+    dirty: set[object] = set()
+    events = 0
+    while events < expected:
+        if not events:
+            begun, cpu = time.monotonic(), time.process_time()
+        messages = consumer.consume(min(BATCH, expected - events), timeout=1.0)
+        for message in messages:
+            if message.error() is not None:
+                raise KafkaException(message.error())
+        dirty |= dirty_of(messages)
+        events += len(messages)
+    return {
+        "events": events,
+        "cpu_s": time.process_time() - cpu,
+        "seconds": time.monotonic() - begun,
+        "campaigns": len(dirty),
+    }
+
+
+def main() -> None:
+    """Read the topic from its beginning."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    expected, topic = int(os.environ["EXPECTED"]), os.environ["INPUT_TOPIC"]
+    dirty_of = {"same": same, "msgspec": bare}[os.environ["MODE"]]
+    consumer = Consumer({"bootstrap.servers": os.environ["KAFKA_BOOTSTRAP_SERVERS"], **SETTINGS})
+    try:
+        partitions = consumer.list_topics(topic, timeout=30).topics[topic].partitions
+        consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in partitions])
+        print(json.dumps(read(consumer, expected, dirty_of)))
+    finally:
+        consumer.close()
+
+
+if __name__ == "__main__":
+    main()

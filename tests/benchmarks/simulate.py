@@ -1,0 +1,160 @@
+"""What the service does at 10, 100 and 1 000 times the load: a simulation fed with what `make bench` measured.
+
+`python -m tests.benchmarks.simulate` reads build/bench.json and prints constants and table of deploy/scaling.md.
+
+One process collects while it flushes: what arrives during one flush makes up the next generation. Hints are Zipf 1.0
+over its campaigns, so a generation of n hints has `distinct(n, campaigns)` of them; each costs one recount, whatever n
+is. Both the process and its database connection are busy for a time that is linear in hints and in recounts. Replicas
+share nothing but database cores. What the network between machines adds is not in it.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tests.servers import REPOSITORY
+
+RESULTS: Final = REPOSITORY / "build" / "bench.json"
+GENERATION_AT_MOST: Final = 200_000  # hints (consumer.pipeline.COLLECT_AT_MOST)
+CHUNK: Final = 1_000  # campaigns (consumer.generation.CHUNK_CAMPAIGNS)
+POOL: Final = 6  # connections of one process at most (consumer.database.POOL_SIZE)
+BUSY_AT_MOST: Final = 0.7  # of a process or a database core: beyond it a wave takes long to go down
+HEADROOM: Final = 3.0  # partitions for each process: to add replicas without a new topic
+TURNS: Final = 400
+SCALES: Final = (1, 10, 100, 1_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """Measured; microseconds of one core unless the name says otherwise."""
+
+    hint_us: float  # the process: poll, decode, collect
+    recount_us: float  # the process: everything else, for each recounted campaign
+    database_us: float  # PostgreSQL: for each recounted campaign of 300 prospects, with save, outbox and relay
+    kafka_us: float  # the brokers, for each hint
+    told: float  # events published for each recount
+    hint_bytes: float
+    event_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What comes in, at its peak."""
+
+    hints_per_s: float
+    campaigns: int
+    prospects: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What it takes, and what one then sees."""
+
+    processes: int
+    generation_s: float
+    recounts_per_s: float
+    process_busy: float
+    database_cores: float
+    kafka_cores: float
+    mb_per_s: float
+    connections: int
+    partitions: int
+
+
+def main() -> int:
+    """Print constants and table."""
+    source = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    constants = read(json.loads(source.read_text()))
+    print(constants)
+    print("| scale | hints/s | campaigns | processes | partitions | busy | generation s | recounts/s | database cores |"
+          " Kafka cores | MB/s in | connections |")  # fmt: skip
+    print("|" + "---:|" * 12)
+    for scale in SCALES:
+        load = Load(1_000.0 * scale, 10_000 * scale, 3_000_000 * scale)
+        found = fewest(constants, load)
+        print(
+            f"| {scale:,}x | {load.hints_per_s:,.0f} | {load.campaigns:,} | {found.processes} | {found.partitions} |"
+            f" {found.process_busy:.0%} | {found.generation_s:.3f} | {found.recounts_per_s:,.0f} |"
+            f" {found.database_cores:.1f} | {found.kafka_cores:.1f} | {found.mb_per_s:,.1f} | {found.connections} |"
+        )
+    return 0
+
+
+def read(document: Mapping[str, Any]) -> Constants:
+    """Constants from build/bench.json. Raises KeyError when it lacks drain or reading."""
+    figures = document["measures"]["reading"]["figures"]
+    hint_us = figures["aiokafka, our checks: CPU us/event"]["median"]
+    runs = [
+        run for run in document["measures"]["drain"]["runs"] if run["contestant"] == "service" and not run["problems"]
+    ]
+    hints, recounts, published = (sum(run[name] for run in runs) for name in ("events", "recounts", "published"))
+    return Constants(
+        hint_us=hint_us,
+        recount_us=(sum(run["cpu_s"] for run in runs) * 1e6 - hint_us * hints) / recounts,
+        database_us=sum(run["postgres_s"] for run in runs) * 1e6 / recounts,
+        kafka_us=sum(run["kafka_s"] for run in runs) * 1e6 / hints,
+        told=published / recounts,
+        hint_bytes=435,
+        event_bytes=1_250,
+    )
+
+
+def fewest(constants: Constants, load: Load) -> Outcome:
+    """The fewest processes that keep up and are not busier than BUSY_AT_MOST."""
+    processes = 1
+    while True:
+        found = simulate(constants, load, processes)
+        if found.process_busy <= BUSY_AT_MOST:
+            return found
+        processes = max(processes + 1, math.ceil(processes * found.process_busy / BUSY_AT_MOST * 0.9))
+
+
+def simulate(constants: Constants, load: Load, processes: int) -> Outcome:
+    """Generation after generation of one process of `processes`, until it repeats itself; its share is an equal one."""
+    rate, campaigns = load.hints_per_s / processes, max(1, load.campaigns // processes)
+    work_us = constants.recount_us + constants.database_us * (load.prospects / load.campaigns) / 300
+    waiting, seconds, recounts = 1.0, 0.0, 0.0
+    for _ in range(TURNS):
+        hints = min(waiting, GENERATION_AT_MOST)
+        recounts = distinct(hints, campaigns)
+        seconds = (recounts * work_us + hints * constants.hint_us) / 1e6 + math.ceil(recounts / CHUNK) * 0.001
+        waiting = max(1.0, waiting - hints + rate * seconds)
+    # What one process spends of its own core for each second of arrivals.
+    per_hint = recounts / max(1.0, min(waiting, GENERATION_AT_MOST))
+    busy = rate * (constants.hint_us + per_hint * constants.recount_us) / 1e6
+    total = load.hints_per_s * per_hint
+    return Outcome(
+        processes,
+        seconds,
+        total,
+        busy,
+        total * constants.database_us * (load.prospects / load.campaigns) / 300 / 1e6,
+        load.hints_per_s * constants.kafka_us / 1e6,
+        (load.hints_per_s * constants.hint_bytes + total * constants.told * constants.event_bytes) / 1e6,
+        processes * POOL,
+        math.ceil(processes * HEADROOM),
+    )
+
+
+def distinct(draws: float, campaigns: int) -> float:
+    """How many campaigns are expected among so many draws, Zipf 1.0: the sum of 1 - (1 - p)^n, ranks in bins of 5 %."""
+    total = math.log(campaigns) + 0.5772 + 1 / (2 * campaigns)
+    return sum(
+        width * -math.expm1(draws * math.log1p(-min(0.999999, 1 / (rank * total)))) for rank, width in _bins(campaigns)
+    )
+
+
+def _bins(campaigns: int) -> Iterator[tuple[float, int]]:
+    low = 1
+    while low <= campaigns:
+        high = min(campaigns, max(low, int(low * 1.05)))
+        yield math.sqrt(low * high), high - low + 1
+        low = high + 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The second half of three million hints: the service beside a warm Kafka Streams that only counts, in memory."""
+
+import asyncio
+import sys
+import time
+from functools import partial
+from typing import Final
+
+from schemas import events
+from tests.benchmarks import workload
+from tests.benchmarks.drain import STREAMS, Peer, counted_in, peer_process
+from tests.benchmarks.peers import streams
+from tests.benchmarks.report import Figure, Report, at_least, ratios
+from tests.benchmarks.stage import LOOK_S, Failed, Group, Round, Run, Stage, others_s, rates, reported
+
+HINTS: Final = 3_000_000
+DEADLINE_S: Final = 180.0
+AIM: Final = 1.2
+SERVICE: Final = "service, second half"
+PEER: Final = Peer(
+    "Kafka Streams in memory, second half", at_least(AIM, is_aim=True), streams.command, sys.maxsize,
+    {**STREAMS, "STORE": "memory"}, counts_only=True,
+)  # fmt: skip
+
+
+async def measure(stage: Stage) -> Report:
+    """Each once a round, the order reversed every round. The clock starts at the first look that finds half done."""
+    runs: list[Run] = []
+    async with stage.round(1, seed=400, hints=HINTS) as common:
+        for number in range(1, stage.size.rounds + 1):
+            contestants = [partial(_service, stage, common, number), partial(_streams, stage, common, number)]
+            for place, attempt in enumerate(contestants if number % 2 else contestants[::-1]):
+                runs.append(await stage.undisturbed(f"w{number}-{place}", attempt))
+    report = reported("warm", runs)
+    ours, theirs = rates(runs, SERVICE), rates(runs, PEER.name)
+    report.figures = [
+        Figure("vs warm Kafka Streams in memory", ratios(ours, theirs), ",.2f", PEER.limit),
+        Figure(f"{SERVICE}: events/s", list(ours.values()), ",.0f"),
+        Figure(f"{PEER.name}: events/s", list(theirs.values()), ",.0f"),
+    ]
+    return report
+
+
+async def _service(stage: Stage, common: Round, number: int, name: str) -> Run:
+    topics, before = common.topics, await stage.template()
+    behind = await workload.ends(stage.kafka.bootstrap, topics.of(events.STATS_UPDATED))
+    async with stage.database(name, of=common.database) as database, stage.admin() as admin:
+        group = Group(admin, name, topics.of(events.STATUS_CHANGED))
+        service = stage.service(name, topics.prefix, database, name)
+        service.start()
+        problems: list[str] = []
+        try:
+            joined = await group.joined(service)
+            half = 0
+            while half < HINTS // 2 and time.monotonic() < joined + DEADLINE_S:
+                await asyncio.sleep(LOOK_S)
+                half = await group.committed()
+            begun, cpu_s, busy_s = time.monotonic(), service.cpu_s(), others_s()
+            finished = await stage.drained(database, group, [service], HINTS)
+            cpu_s, busy_s = service.cpu_s() - cpu_s, others_s() - busy_s
+        finally:
+            service.stop()
+        news = await workload.read_news(stage.kafka.bootstrap, topics.of(events.STATS_UPDATED), behind)
+        problems += await workload.prove(stage.postgres.url(database), before, news, set(common.draws))
+    return Run(
+        SERVICE, number, HINTS - half, finished - begun, cpu_s, service.peak_mb, busy_s / (finished - begun), problems
+    )
+
+
+async def _streams(stage: Stage, common: Round, number: int, name: str) -> Run:
+    output = f"{common.topics.prefix}{name}.counts"
+    await workload.create_topic(stage.kafka.bootstrap, output)
+    process = peer_process(stage, name, common.topics, PEER, output, EXPECTED=str(HINTS))
+    process.start()
+    try:
+        deadline = time.monotonic() + DEADLINE_S
+        half = counted = 0
+        while half < HINTS // 2 and time.monotonic() < deadline and not process.has_ended:
+            await asyncio.sleep(LOOK_S / 5)
+            half = counted_in(process)
+        begun, cpu_s, busy_s = time.monotonic(), process.cpu_s(), others_s()
+        while counted < HINTS and time.monotonic() < deadline and not process.has_ended:
+            await asyncio.sleep(LOOK_S / 5)
+            counted = counted_in(process)
+            process.resident_mb()
+        finished, busy_s = time.monotonic(), others_s() - busy_s
+        if half >= HINTS:
+            raise Failed(f"{name} was not seen at half: {process.last_lines(3)}")
+        code = await process.ended(DEADLINE_S)
+    finally:
+        process.stop()
+    counts = await workload.read_counts(stage.kafka.bootstrap, output)
+    problems = [] if code == 0 else [f"ended with {code}: {process.last_lines(3)}"]
+    if sum(counts.values()) != HINTS:
+        problems.append(f"counted {sum(counts.values())} of {HINTS}")
+    return Run(
+        PEER.name, number, HINTS - half, finished - begun, cpu_s, process.peak_mb, busy_s / (finished - begun), problems
+    )
