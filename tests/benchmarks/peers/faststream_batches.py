@@ -1,10 +1,10 @@
 """Batches by FastStream, counted by this project's SQL function: as far as one gets without writing a consumer.
 
-Idiom: https://faststream.ag2.ai/latest/kafka/Subscriber/batch_subscriber/, .../kafka/Publisher/batch_publisher/ ("Per-
-Message Attributes"), .../kafka/ack/ (NACK_ON_ERROR) and .../getting-started/serialization/decoder/. One recount per
-campaign and batch, one event per recounted campaign, then the batch is committed. Tuned, all measured: pydantic reads
-the bytes at once instead of validating what JSON left (CPU 0.7x), the service's settings of the garbage collector
-(0.5x), and batches as large as ten fetches of the default size: fewer recounts, at the price of 0.8 GB of memory.
+Idiom: https://faststream.ag2.ai/latest/kafka/Subscriber/batch_subscriber/, .../kafka/Publisher/batch_publisher/
+("Per-Message Attributes"), .../kafka/ack/ (NACK_ON_ERROR) and .../getting-started/serialization/decoder/. A campaign is
+recounted once per batch, one event per recounted campaign is published, then the batch is committed. Tuned, measured:
+pydantic reads the bytes itself (CPU 0.7x), the service's settings of the garbage collector (CPU 0.5x), batches of up to
+50 000 instead of 5 000 (CPU of peer and database together 0.7x, for 0.6 to 0.8 GB of memory instead of 0.3).
 
 Settings from the environment: DATABASE_URL, KAFKA_BOOTSTRAP_SERVERS, INPUT_TOPIC, OUTPUT_TOPIC, GROUP_ID.
 """
@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from uuid import UUID
 
 import asyncpg
 import orjson
@@ -72,28 +73,35 @@ async def decode(message: KafkaMessage) -> list[Event]:
     decoder=decode,
 )
 async def on_status_changed(events: list[Event], batch: Batch) -> None:
-    """Recount what the batch names and tell; all of it again when a campaign is locked."""
+    """Recount what the batch names and tell. A locked campaign makes it all be read again."""
     db = app.context.get("db")
     records = zip(events, batch.raw_message, strict=True)
     causes = {event.data.campaign_id: (event, record.partition) for event, record in records}
     left = list(causes)
     while left:
         rows = await db.fetch(RECOUNT, left, "chunk")
-        left = [row["campaign_id"] for row in rows if row["held"] == "later"]  # beyond what one transaction should hold
-        for campaign in [row["campaign_id"] for row in rows if row["held"] in ("huge", "failing")]:
-            rows += await db.fetch(RECOUNT, [campaign], "door")
-        told: dict[int, list[KafkaPublishMessage]] = {}  # a batch goes to one partition, whatever keys are in it
-        for row in rows:
-            if row["held"] is None:
-                cause, partition = causes[row["campaign_id"]]
-                campaign = {"id": row["campaign_id"], **{key: row[key] for key in TOLD}}
-                campaign["stats"] = orjson.Fragment(row["stats"])
-                data = {"campaign": campaign, "prospects_by_status": orjson.Fragment(row["counts"])}
-                event = KafkaPublishMessage(stats_updated(data, cause), key=str(row["campaign_id"]).encode())
-                told.setdefault(partition, []).append(event)
-        await asyncio.gather(*(publisher.publish(*batch, partition=at) for at, batch in told.items()))
+        left = [row["campaign_id"] for row in rows if row["held"] == "later"]  # beyond what one transaction should lock
+        for alone in [row["campaign_id"] for row in rows if row["held"] in ("huge", "failing")]:
+            rows += await db.fetch(RECOUNT, [alone], "door")
+        await tell([row for row in rows if row["held"] is None], causes)
         if any(row["held"] == "locked" for row in rows):
             raise NackMessage
+
+
+async def tell(rows: list[asyncpg.Record], causes: dict[UUID, tuple[Event, int]]) -> None:
+    """Publish the recounted campaigns, each to the partition its hint came from: both topics have the same key.
+
+    A batch goes whole to one partition, and to any one if none is named, whatever the keys of its messages are.
+    """
+    batches: dict[int, list[KafkaPublishMessage]] = {}
+    for row in rows:
+        cause, partition = causes[row["campaign_id"]]
+        stats, counts = orjson.Fragment(row["stats"]), orjson.Fragment(row["counts"])  # JSON as PostgreSQL made it
+        campaign = {"id": row["campaign_id"], **{name: row[name] for name in TOLD}, "stats": stats}
+        body = stats_updated({"campaign": campaign, "prospects_by_status": counts}, cause)
+        key = str(row["campaign_id"]).encode()
+        batches.setdefault(partition, []).append(KafkaPublishMessage(body, key=key))
+    await asyncio.gather(*(publisher.publish(*messages, partition=number) for number, messages in batches.items()))
 
 
 if __name__ == "__main__":
