@@ -3,8 +3,8 @@
 Idiom: https://quix.io/docs/quix-streams/advanced/stateful-processing.html (the counter, in bytes as under
 "Serialization"), .../connectors/sinks/custom-sinks.html (to publish once per checkpoint) and .../configuration.html
 ("Processing Callbacks": stop after so many). The state is in RocksDB with its changelog topic, a checkpoint commits
-every 5 s and hints are parsed as JSON: all as by default, and at least once. Tuned: the state holds bytes, and a count is
-published when a checkpoint commits, not for every hint (`to_topic` would do that: CPU 1.4x, measured).
+every 5 s and hints are parsed as JSON: all as by default, and at least once. Tuned: the state holds bytes, and a count
+is published when a checkpoint commits, not for every hint (`to_topic` would do that: CPU 1.4x, measured).
 
 Settings from the environment: KAFKA_BOOTSTRAP_SERVERS, INPUT_TOPIC, OUTPUT_TOPIC, GROUP_ID, STATE_DIR, EXPECTED (after
 how many hints to end). Prints `counted N` while it works, and once more when all of it is committed.

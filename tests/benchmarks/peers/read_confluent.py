@@ -8,8 +8,8 @@ MODE=same reads what the service reads: by its own `decode`, with its settings o
 takes the campaign's id and looks at nothing else (https://jcristharif.com/msgspec/perf-tips.html, "Avoid decoding
 unused fields"): it would take an event of any type, and an id that is none.
 
-Settings from the environment: KAFKA_BOOTSTRAP_SERVERS, INPUT_TOPIC, EXPECTED (how many records to read), MODE; `same`
-needs the repository on PYTHONPATH. Prints one JSON line. CPU is that of all threads, librdkafka's too.
+Settings from the environment: KAFKA_BOOTSTRAP_SERVERS, INPUT_TOPIC, EXPECTED (how many records to read), MODE. The
+repository must be on PYTHONPATH. Prints one JSON line; CPU is that of all threads, librdkafka's too.
 """
 
 import gc
