@@ -52,7 +52,7 @@ class Peer:
     """
 
     name: str
-    limit: Limit
+    limit: Limit | None
     command: Callable[[], Sequence[str]]
     events: int
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -75,7 +75,9 @@ OTHERS: Final = (
     ),
     Peer("FastStream, 8 workers", at_least(110), _script("faststream_events"), PEER_EVENTS, {"WORKERS": "8"}),
     Peer("FastStream batches + our SQL", at_least(6), _script("faststream_batches"), MANY_EVENTS),
+    Peer("FastStream batches, squeezed", None, _script("faststream_batches"), MANY_EVENTS, {"SQUEEZED": "1"}),
     Peer("quixstreams, counting only", at_least(5), _script("quix_counts"), MANY_EVENTS, counts_only=True),
+    Peer("quixstreams, squeezed", None, _script("quix_counts"), MANY_EVENTS, {"SQUEEZED": "1"}, counts_only=True),
     Peer(
         "Kafka Streams, RocksDB, commit 100 ms", at_least(1.3), streams.command, sys.maxsize,
         {**STREAMS, "COMMIT_MS": "100"}, counts_only=True,
