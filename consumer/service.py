@@ -10,7 +10,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import suppress
 from typing import Final
 from uuid import UUID
@@ -175,26 +175,30 @@ class Service:
                 await _cancelled([starting], self._settings.shutdown_deadline_s)
                 return 0
             starting.result()
+            # What a killed process left needs no partitions, and the group may let us wait for its dead member (12 s).
+            tasks += _begun([("relay", self._relay.run()), ("deferred", self._deferred.run())])
+            joining = asyncio.create_task(self._join(), name="join")
+            await asyncio.wait([joining, *tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+            if not joining.done():
+                _raise_first(tasks)
+                return await self._finish(tasks, joining)
+            joining.result()
             jobs: list[tuple[str, Coroutine[None, None, None]]] = [
                 ("fetch", self._pipeline.fetch()),
                 ("flush", self._pipeline.flush_for_ever()),
-                ("relay", self._relay.run()),
-                ("deferred", self._deferred.run()),
                 ("sample", self._sample()),
                 ("watchdog", self._watch()),
             ]
             if self._settings.sweep_interval_s:
                 jobs.append(("sweep", self._sweep.run()))
-            tasks = [asyncio.create_task(job, name=name) for name, job in jobs]
+            tasks += _begun(jobs)
             if until_caught_up:
                 tasks.append(asyncio.create_task(self._until_caught_up(), name="until caught up"))
             gc.collect()
             gc.freeze()  # with the thresholds: 1.4x the decode rate (measured)
             gc.set_threshold(50_000, 20, 20)
             await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                if task.done():
-                    task.result()  # an engine ends only by a bug or, when caught up, on purpose
+            _raise_first(tasks)
             return await self._finish(tasks)
         finally:
             self._health.stopping = True
@@ -250,6 +254,8 @@ class Service:
             problems = await self._health.persist("start", self._check_topics)
         if problems:
             raise ConfigError(problems)
+
+    async def _join(self) -> None:
         await self._health.persist("start", lambda: self._source.start(self._revoked, self._pipeline.take_over))
         self._health.started = True
         log.info("started", group=self._settings.group, topics=[*self._topics.read, *self._cdc])
@@ -272,8 +278,11 @@ class Service:
             for topic in missing
         ]
 
-    async def _finish(self, tasks: Sequence[asyncio.Task[None]]) -> int:
-        """Stop under one deadline: finish the running chunk and turn, drop the rest; 3 when that took too long."""
+    async def _finish(self, tasks: Sequence[asyncio.Task[None]], *joining: asyncio.Task[None]) -> int:
+        """Stop under one deadline: finish the running chunk and turn, drop the rest; 3 when that took too long.
+
+        `joining`: the join that is still under way; it is called off, which leaves the group.
+        """
         begun = time.monotonic()
         deadline_s = self._settings.shutdown_deadline_s
         log.info("stopping", deadline_s=deadline_s)
@@ -284,12 +293,13 @@ class Service:
         finishing = {task for task in tasks if task.get_name() in ("relay", "deferred")}
         finishing.add(asyncio.create_task(self._pipeline.let_go(), name="running chunk"))
         finishing.add(asyncio.create_task(self._api.close(), name="calls"))
+        finishing.add(asyncio.create_task(_cancelled(joining, deadline_s), name="join"))
         done, pending = await asyncio.wait(finishing, timeout=deadline_s * WORK_SHARE)
         undone.extend(sorted(task.get_name() for task in pending))
         if undone:
             self._database.terminate()  # else whoever waits for a silent server goes on waiting
             self._callers.terminate()
-        await _cancelled([*tasks, *done, *pending])
+        await _cancelled([*tasks, *done, *pending, *joining])
         left_s = max(
             0.3, deadline_s - (time.monotonic() - begun) - 1
         )  # letting go of a client that hangs takes 1 s more
@@ -416,6 +426,17 @@ class Service:
             return False
         self._ends = ends
         return all(done[partition] >= ends[partition] for partition in assigned)
+
+
+def _begun(jobs: Iterable[tuple[str, Coroutine[None, None, None]]]) -> list[asyncio.Task[None]]:
+    return [asyncio.create_task(job, name=name) for name, job in jobs]
+
+
+def _raise_first(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """An engine ends only by a bug or, when caught up, on purpose."""
+    for task in tasks:
+        if task.done():
+            task.result()
 
 
 async def _cancelled(tasks: Sequence[asyncio.Task[None]], deadline_s: float = CANCEL_DEADLINE_S) -> None:

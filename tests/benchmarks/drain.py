@@ -2,7 +2,8 @@
 
 The clock is the same for all and is read from outside. It starts with the last look at which the group had not joined
 yet. The service's stops when every hint is committed (the group's offsets) and outbox and deferred table are empty; a
-peer's at the first look after enough events (committed; by its own count where it commits rarely) or PEER_SECONDS.
+peer's at the first look after enough events are committed, or PEER_SECONDS; that of one which only counts when it has
+published and committed its counts, and so has ended.
 """
 
 import asyncio
@@ -67,7 +68,7 @@ def _script(name: str, python: object = PEERS_PYTHON) -> Callable[[], Sequence[s
 PER_EVENT: Final = Peer(
     "per-event aiokafka consumer", at_least(400), _script("per_event", sys.executable), PEER_EVENTS, tells_each=True
 )
-STREAMS: Final = {"STORE": "rocksdb", "COMMIT_MS": "", "THREADS": "1"}
+STREAMS: Final = {"STORE": "rocksdb", "COMMIT_MS": "", "THREADS": "2"}
 OTHERS: Final = (
     Peer(
         "FastStream, 1 worker", at_least(300), _script("faststream_events"), PEER_EVENTS, {"WORKERS": "1"},
@@ -240,7 +241,7 @@ async def _recounting_run(stage: Stage, common: Round, peer: Peer, name: str) ->
 
 
 async def _counting_run(stage: Stage, common: Round, peer: Peer, name: str) -> Run:
-    """A peer that only counts hints: until it says that it has counted enough, then it must end with 0 by itself."""
+    """A peer that only counts hints: until it has counted enough, published and committed that, and ended with 0."""
     topics, draws = common.topics, common.draws
     due = min(peer.events, len(draws))
     output = f"{topics.prefix}{name}.counts"
@@ -250,39 +251,33 @@ async def _counting_run(stage: Stage, common: Round, peer: Peer, name: str) -> R
         process = peer_process(stage, name, topics, peer, output, EXPECTED=str(due))
         begun = time.monotonic()
         process.start()
-        counted = 0
+        counted, spent_s = 0, 0.0
         try:
             joined = await group.joined(process)
             cpu_s, busy_s = process.cpu_s(), others_s()
-            while counted < due and time.monotonic() < joined + PEER_SECONDS:
-                if process.has_ended:
-                    counted = counted_in(process)
-                    break
+            while not process.has_ended and time.monotonic() < joined + PEER_SECONDS:
+                spent_s = process.cpu_s() - cpu_s
                 process.resident_mb()
-                counted = counted_in(process)
                 await asyncio.sleep(LOOK_S / 5)
-            finished = time.monotonic()
-            if not process.has_ended:
-                cpu_s = process.cpu_s() - cpu_s
-            busy_s = others_s() - busy_s
+            finished, busy_s = time.monotonic(), others_s() - busy_s
             code = await process.ended(PEER_END_S)
-            total = counted_in(process)
+            counted = counted_in(process)
         finally:
             process.stop()
     problems = []
     counts = await workload.read_counts(stage.kafka.bootstrap, output)
     if code != 0 or counted < PEER_EVENTS:
         problems.append(f"the peer counted {counted} events and ended with {code}: {process.last_lines(3)}")
-    if sum(counts.values()) != total:
-        problems.append(f"the peer counted {total} events and published counts of {sum(counts.values())}")
-    elif total == len(draws) and counts != Counter(draws):
+    if sum(counts.values()) != counted:
+        problems.append(f"the peer counted {counted} events and published counts of {sum(counts.values())}")
+    elif counted == len(draws) and counts != Counter(draws):
         problems.append("the peer published wrong counts")
     return Run(
         peer.name,
         common.number,
         counted,
         finished - joined,
-        cpu_s,
+        spent_s,
         process.peak_mb,
         busy_s / (finished - joined),
         problems,

@@ -303,6 +303,7 @@ class Contestant(Server):
         self._command = command
         self._env = env
         self.peak_mb = 0.0
+        self._cpu_s = 0.0
 
     def start(self) -> None:
         """Start it."""
@@ -323,9 +324,11 @@ class Contestant(Server):
         return now
 
     def cpu_s(self) -> float:
-        """CPU seconds so far, user and system."""
-        times = psutil.Process(self.pid).cpu_times()
-        return float(times.user + times.system)
+        """CPU seconds so far, user and system; of one that has ended those at the last look."""
+        with contextlib.suppress(psutil.Error):
+            times = psutil.Process(self.pid).cpu_times()
+            self._cpu_s = float(times.user + times.system)
+        return self._cpu_s
 
     async def metrics(self) -> dict[str, float]:
         """What it says about itself: series with their labels -> value."""

@@ -12,8 +12,9 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 
 from consumer import broker, migrations
 from consumer.demo.servers import Postgres, Server
@@ -191,6 +192,45 @@ async def test_another_replica_goes_on_after_one_ends(
     await eventually(all_told, "the other one takes over", second, timeout_s=40)
     for number, campaign_id in enumerate(campaigns):
         assert await stats_of(db, campaign_id) == {"total": number % 7, "sent": number % 7, "replied": 0, "bounced": 0}
+
+
+@pytest.mark.apache_kafka
+async def test_what_was_left_is_published_before_the_group_lets_a_successor_in(
+    service: StartService, environment: dict[str, str], bus: Bus, db: asyncpg.Connection
+) -> None:
+    released = asyncio.Event()
+
+    class Stubborn(ConsumerRebalanceListener):  # type: ignore[misc]  # has no types
+        async def on_partitions_revoked(self, revoked: object) -> None:
+            if revoked:
+                await released.wait()
+
+        async def on_partitions_assigned(self, assigned: object) -> None:
+            """Nothing is read."""
+
+    member = AIOKafkaConsumer(
+        bootstrap_servers=environment["KAFKA_BOOTSTRAP_SERVERS"],
+        group_id="held-up",
+        heartbeat_interval_ms=500,
+        partition_assignment_strategy=[RoundRobinPartitionAssignor],
+        rebalance_timeout_ms=60_000,
+    )
+    member.subscribe(topics=list(bus.topics.read), listener=Stubborn())
+    await member.start()
+    try:
+        await db.execute(
+            "INSERT INTO campaign_stats.outbox (shard, campaign_id, type, event) VALUES (0, $1, $2, $3)",
+            uuid4(), "campaign.stats_updated.v1", b'{"left": true}',
+        )  # fmt: skip
+        running = await service(ready=False, group_id="held-up")
+        out = bus.topics.prefix + "campaign.stats-updated"
+        await eventually(lambda: bus.events(out), "what was left is published", running)
+        assert (await running.get("/readyz"))[0] == 503
+        released.set()
+        await running.ready()
+    finally:
+        released.set()
+        await member.stop()
 
 
 async def test_a_table_locked_for_longer_than_our_patience_costs_nothing_but_time(

