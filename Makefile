@@ -1,7 +1,7 @@
 # Needs only python3 (3.11 or newer) and make; everything else is fetched into .venv and .cache.
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-unit faults soak schemas docs compat lint format lock clean \
-	bench bench-long bench-plots bench-profile bench-adopt
+	bench bench-long bench-plots bench-adopt
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -56,9 +56,6 @@ bench-long: $(PEERS) ## Measure what needs millions: memory, warm peers, how cos
 
 bench-plots: $(PEERS) ## Draw what `make bench-long` found
 	@.cache/peers/bin/python -m tests.benchmarks.plots build/bench-long.json
-
-bench-profile: $(PEERS) ## Where the time goes: flame graphs of a drain and of an idle service, statements, round trips
-	@$(BIN)/python -m tests.benchmarks.profile
 
 bench-adopt: $(READY) ## Measure what a product at work notices while it takes the service in; ARGS="--rounds 1"
 	@$(BIN)/python -m tests.benchmarks.adopt $(ARGS)
