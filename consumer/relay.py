@@ -13,6 +13,7 @@ import structlog
 from consumer.errors import Unavailable
 from consumer.health import Health, backoff_s
 from consumer.metrics import Metrics
+from consumer.outcome import SHARDS
 from schemas.topics import WRITTEN
 
 TURN_ROWS: Final = 2_000  # 1.2x the rate of 500 (measured); a turn holds its shards for as long as it sends
@@ -97,6 +98,7 @@ class Relay:
         self._health = health
         self._awake = asyncio.Event()
         self._held: dict[str, Hold] = {}
+        self._is_more = False  # whether the last turn may have left something that it could have taken
 
     def wake(self) -> None:
         """Something was committed to the outbox."""
@@ -106,7 +108,8 @@ class Relay:
         """Turn after turn, until the process stops."""
         while not self._health.stopping:
             self._awake.clear()
-            if not await self._health.persist("relay", self.turn):
+            await self._health.persist("relay", self.turn)
+            if not self._is_more:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL_S):
                         await self._awake.wait()
@@ -156,6 +159,8 @@ class Relay:
             del self._held[probe]
             self._health.recovered(_holding(probe))
         newly_held = self._hold(closed)
+        is_cut = len(rows) >= TURN_ROWS // SHARDS or sum(len(row.event) for row in rows) >= TURN_BYTES
+        self._is_more = is_cut or newly_held > 0
         if not rows:
             return 0
         self._count(rows, set(published), refused)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import zip_longest
 from typing import Any, Final
 
@@ -249,7 +250,7 @@ class Publisher:
             among = topics[row.topic]
             if among:
                 # As every Kafka client does by default, so that neighbours find a key where they expect it.
-                number = among[(murmur2(row.key or b"") & 0x7FFFFFFF) % len(among)]
+                number = among[_hash(row.key or b"") % len(among)]
                 queues.setdefault((row.topic, number), []).append(place)
             elif among is not None:
                 results[place] = _missing(row.topic)
@@ -318,6 +319,12 @@ class Publisher:
             return None
         self._missing.add(topic)
         return []
+
+
+@lru_cache(maxsize=16_384)  # 5 us each time: the client's is in Python
+def _hash(key: bytes) -> int:
+    number: int = murmur2(key) & 0x7FFFFFFF
+    return number
 
 
 def _missing(topic: str) -> Sent:

@@ -34,6 +34,7 @@ from consumer.generation import Partition, Passed
 LEAVE_DEADLINE_S: Final = 5.0  # a join under way must end first, else the group waits for us until the session ends
 REJOIN_S: Final = 4.0  # from the end of its revocation until a member has joined again
 LOOK_UP_DEADLINE_S: Final = 3.0  # of gauges: how soon a silent broker is noticed
+FETCH_BYTES: Final = 8 * 2**20  # of all partitions together: with 1 MB of each, memory would grow with their number
 POSITION_DEADLINE_S: Final = 0.1  # known at once, unless a broker is asked where the partition begins
 
 log = structlog.get_logger(__name__)
@@ -93,6 +94,7 @@ class Source:
             request_timeout_ms=self._rebalance_ms + 6_000,  # must exceed it by more than 5 s
             fetch_max_wait_ms=self._fetch_max_wait_ms,
             max_poll_records=POLL_RECORDS,
+            fetch_max_bytes=FETCH_BYTES,
             partition_assignment_strategy=[RoundRobinPartitionAssignor],  # exactly one: k assignors send k JoinGroups
         )
         be_impatient(consumer._client)
@@ -164,16 +166,13 @@ class Source:
 
     async def committed(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """The group's committed offset of each partition that has one. Raises Unavailable."""
-        found = {}
+        wanted = [TopicPartition(*partition) for partition in partitions]
         try:
-            async with asyncio.timeout(LOOK_UP_DEADLINE_S):
-                for partition in partitions:
-                    offset = await self._consumer.committed(TopicPartition(*partition))
-                    if offset is not None:
-                        found[partition] = offset
+            async with asyncio.timeout(LOOK_UP_DEADLINE_S):  # `committed` would send a request for each
+                known = await self._consumer._coordinator.fetch_committed_offsets(wanted)
         except (KafkaError, TimeoutError) as error:
             raise Unavailable("kafka", f"{type(error).__name__} while reading offsets") from error
-        return found
+        return {(at.topic, at.partition): kept.offset for at, kept in known.items() if kept.offset >= 0}
 
     async def knock(self) -> None:
         """Ask any broker for the list of topics. Raises Unavailable."""
