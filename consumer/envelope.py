@@ -526,7 +526,8 @@ def to_json(document: Mapping[str, object]) -> bytes:
 
 def format_time(moment: datetime) -> str:
     """YYYY-MM-DDTHH:MM:SS[.ffffff]Z, a fraction only if not zero."""
-    return moment.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z"
+    in_utc = moment if moment.tzinfo is UTC else moment.astimezone(UTC)
+    return in_utc.isoformat().removesuffix("+00:00") + "Z"
 
 
 def dead_letter_headers(record: Record, letter: DeadLetter, now: datetime) -> list[tuple[str, bytes | None]]:

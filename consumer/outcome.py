@@ -259,7 +259,8 @@ def after_failure(work: Work, owner: UUID | None, failures: int, now: datetime) 
 
 def _recounted(outcome: Outcome, work: Work, recount: Recount, judgement: Judgement | None, recount_s: float) -> None:
     outcome.recounted += 1
-    outcome.unknown_statuses |= recount.counts.keys() - KNOWN_STATUSES
+    if not recount.counts.keys() <= KNOWN_STATUSES:
+        outcome.unknown_statuses |= recount.counts.keys() - KNOWN_STATUSES
     campaign = recount.campaign
     paused_at = None
     observed_trip = recount.observed_trip
