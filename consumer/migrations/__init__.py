@@ -4,6 +4,9 @@ A file runs in one transaction, together with its row in `campaign_stats.migrati
 `-- concurrently: INDEX` builds an index on a product's table outside a transaction, so that writers go on, and drops an
 invalid leftover of an interrupted build first. A file is never edited once it was released: its checksum is kept.
 
+The product's tables may be partitioned: an index is then built partition by partition, and storage options are set on
+the partitions.
+
 The product works on meanwhile: nobody who writes to its tables is held up by us for longer than about LOCK_TIMEOUT_S.
 """
 
@@ -41,6 +44,12 @@ AWAY: Final = (
     asyncpg.LockNotAvailableError,
 )
 CONCURRENTLY: Final = re.compile(r"-- concurrently: (\w+)\n")
+BUILD: Final = re.compile(
+    r"CREATE INDEX CONCURRENTLY IF NOT EXISTS (?P<index>\w+)\s+ON (?P<table>public\.\w+)(?P<rest>[^;]*);"
+)
+STORAGE: Final = re.compile(r"ALTER TABLE (?P<table>public\.\w+) SET (?P<options>\([^;]*\));")
+PART: Final = """SELECT h.inhrelid::regclass::text FROM pg_inherits h JOIN pg_index i ON i.indexrelid = h.inhrelid
+                  WHERE h.inhparent = to_regclass($1) AND i.indrelid = $2"""
 
 PRODUCT_COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "campaigns": (
@@ -301,20 +310,71 @@ async def _apply(connection: Connection) -> list[str]:
     for migration in released():
         if migration.name not in missing:
             continue
-        index = CONCURRENTLY.match(migration.sql)
-        if index:
-            await connection.execute("SET lock_timeout = 0")  # waits for old transactions, but holds nobody up
-            await _drop_invalid(connection, index.group(1))
-            await connection.execute(migration.sql)
-            await connection.execute("RESET lock_timeout")
+        if CONCURRENTLY.match(migration.sql):
+            await _build_index(connection, migration)
             await _record(connection, migration)
         else:
-            await _in_transaction(connection, migration)
+            sql = await _for_partitions(connection, migration.sql)
+            await _in_transaction(connection, migration.name, sql, migration)
     return missing
 
 
-async def _in_transaction(connection: Connection, migration: Migration) -> None:
-    """Run a file and its record in one transaction, a short try after the other while somebody holds a product's table.
+async def _build_index(connection: Connection, migration: Migration) -> None:
+    """Build the index of a file whose first line says so; on a partitioned table that cannot be done in one go.
+
+    There comes an index of no rows on the table alone first, then that of each partition, which is made a part of it.
+    With the last one the whole is valid. What an interrupted call left is used, or dropped if it is half an index.
+    """
+    build = BUILD.search(migration.sql)
+    if build is None:
+        raise LookupError(f"{migration.name} does not build its index in the form that is known here")
+    whole: dict[int, str] = {}  # a table -> its index
+    for table in await _tree(connection, build["table"]):
+        parent = table["parent"]
+        name = build["index"] if parent is None else f"{build['index']}_{table['oid']}"
+        if parent is not None and (part := await connection.fetchval(PART, whole[parent], table["oid"])):
+            whole[table["oid"]] = part
+            continue
+        if table["is_partitioned"]:
+            whole[table["oid"]] = f"{table['schema']}.{name}"
+            create = f"CREATE INDEX IF NOT EXISTS {name} ON ONLY {table['name']}{build['rest']}"
+            await _in_transaction(connection, migration.name, create)
+        else:
+            await connection.execute("SET lock_timeout = 0")  # waits for old transactions, but holds nobody up
+            await _drop_invalid(connection, f"{table['schema']}.{name}")
+            create = f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON {table['name']}{build['rest']}"
+            await connection.execute(create)
+            await connection.execute("RESET lock_timeout")
+        if parent is not None:
+            attach = f"ALTER INDEX {whole[parent]} ATTACH PARTITION {table['schema']}.{name}"
+            await _in_transaction(connection, migration.name, attach)
+
+
+async def _for_partitions(connection: Connection, sql: str) -> str:
+    """A partitioned table takes no storage options: they are set on the partitions that there are."""
+    for found in list(STORAGE.finditer(sql)):
+        tables = [table["name"] for table in await _tree(connection, found["table"]) if not table["is_partitioned"]]
+        sql = sql.replace(found[0], "\n".join(f"ALTER TABLE {table} SET {found['options']};" for table in tables))
+    return sql
+
+
+async def _tree(connection: Connection, table: str) -> list[asyncpg.Record]:
+    """A table and, if it is partitioned, all its partitions, each after its `parent` (an oid). Names as in SQL."""
+    return await connection.fetch(
+        """SELECT c.oid, t.parentrelid::oid AS parent, c.relkind = 'p' AS is_partitioned,
+                  quote_ident(n.nspname) AS schema, format('%I.%I', n.nspname, c.relname) AS name
+             FROM (SELECT $1::text::regclass AS relid, NULL::regclass AS parentrelid, 0 AS level
+                    UNION ALL
+                   SELECT relid, parentrelid, level FROM pg_partition_tree($1::text::regclass) WHERE level > 0) AS t
+             JOIN pg_class c ON c.oid = t.relid JOIN pg_namespace n ON n.oid = c.relnamespace
+            ORDER BY t.level, c.oid""",
+        table,
+    )
+
+
+async def _in_transaction(connection: Connection, name: str, sql: str, migration: Migration | None = None) -> None:
+    """Run SQL of the file `name`, with the record of `migration` if it is given, in one transaction, a short try after
+    the other while somebody holds a product's table.
 
     First a lock that no reader or writer notices, but a running autovacuum gives way to and a later one waits for: then
     only writers can be in the way of the file's own locks, and a short try is long enough for those that are quick.
@@ -326,15 +386,16 @@ async def _in_transaction(connection: Connection, migration: Migration) -> None:
             async with connection.transaction():
                 await connection.execute(f"LOCK TABLE {', '.join(CHANGED_TABLES)} IN SHARE UPDATE EXCLUSIVE MODE")
                 await connection.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S * 1_000:.0f}ms'")
-                await connection.execute(migration.sql)
-                await _record(connection, migration)
+                await connection.execute(sql)
+                if migration is not None:
+                    await _record(connection, migration)
             return
         except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError) as error:
             if asyncio.get_running_loop().time() > deadline:
                 holder = await _holder(connection)
                 raise Unavailable(
                     "database",
-                    f"{migration.name} could not lock a table of the product within {TABLES_DEADLINE_S:g} s, because"
+                    f"{name} could not lock a table of the product within {TABLES_DEADLINE_S:g} s, because"
                     f" {holder}: let it end, then run `migrate` again (what was applied stays)",
                 ) from error
         await asyncio.sleep(LOCK_PAUSE_S)
@@ -366,7 +427,7 @@ async def _record(connection: Connection, migration: Migration) -> None:
 
 async def _drop_invalid(connection: Connection, index: str) -> None:
     invalid = await connection.fetchval(
-        "SELECT 1 FROM pg_index WHERE indexrelid = to_regclass('public.' || $1) AND NOT indisvalid", index
+        "SELECT 1 FROM pg_index WHERE indexrelid = to_regclass($1) AND NOT indisvalid", index
     )
     if invalid:
-        await connection.execute(f'DROP INDEX CONCURRENTLY public."{index}"')
+        await connection.execute(f"DROP INDEX CONCURRENTLY {index}")
