@@ -1,7 +1,7 @@
 # Needs only python3 (3.11 or newer) and make; everything else is fetched into .venv and .cache.
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-unit faults soak schemas docs compat lint format lock clean \
-	bench bench-long bench-plots bench-adopt
+	bench bench-long bench-plots bench-profile bench-adopt
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ READY := .venv/.ready
 PEERS := .cache/peers/.ready
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(READY) ## See the service at work on embedded servers and prove itself (about a minute); ARGS="--seconds 15"
 	@$(BIN)/campaign-stats demo $(ARGS)
@@ -51,11 +51,14 @@ format: $(READY) ## Format the code
 bench: $(PEERS) ## Measure on real Kafka, beside others' ways (needs Java 17 and Maven); QUICK=1 ONLY=drain,relaying
 	@$(if $(QUICK),QUICK=$(QUICK)) $(if $(ONLY),ONLY=$(ONLY)) $(BIN)/python -m tests.benchmarks $(ARGS)
 
-bench-long: $(PEERS) ## Measure what needs millions: memory, warm peers, how cost grows; ONLY=growth
+bench-long: $(PEERS) ## Measure what needs millions or an hour: memory, growth, wear of tables; ONLY=growth
 	@LONG=1 $(if $(ONLY),ONLY=$(ONLY)) $(BIN)/python -m tests.benchmarks $(ARGS)
 
 bench-plots: $(PEERS) ## Draw what `make bench-long` found
 	@.cache/peers/bin/python -m tests.benchmarks.plots build/bench-long.json
+
+bench-profile: $(PEERS) ## Say where the time goes (needs Java 17, Maven, a PostgreSQL with contrib); ARGS="--hints 200000"
+	@$(BIN)/python -m tests.benchmarks.profile $(ARGS)
 
 bench-adopt: $(READY) ## Measure what a product at work notices while it takes the service in; ARGS="--rounds 1"
 	@$(BIN)/python -m tests.benchmarks.adopt $(ARGS)

@@ -35,10 +35,12 @@ from tests.benchmarks import (
     joining,
     latency,
     memory,
+    partitioned,
     processes,
     reading,
     relaying,
     warm,
+    wear,
     workload,
 )
 from tests.benchmarks.report import Report, table
@@ -71,6 +73,8 @@ LONG: Final[Mapping[str, Measure]] = {
     "warm": warm.measure,
     "cluster": cluster.measure,
     "growth": growth.measure,
+    "wear": wear.measure,
+    "partitioned": partitioned.measure,
 }
 WITH_PEERS: Final = frozenset(("drain", "reading", "warm"))
 

@@ -46,6 +46,7 @@ class Course:
     begun: float = 0.0  # monotonic: when the warm-up was over
     ended: float = 0.0
     cpu_s: float = 0.0
+    generations: float = 0.0
     others: float = 0.0
     made: Mapping[str, int] = field(default_factory=dict)
     answers: Mapping[str, Mapping[int, Answer]] = field(default_factory=dict)
@@ -129,14 +130,20 @@ async def steady(
 
 
 async def _watched(course: Course, meanwhile: Callable[[Course], Awaitable[None]]) -> None:
+    generations = await _generations(course.services)
     course.begun = time.monotonic()
     cpu_s, busy_s = sum(service.cpu_s() for service in course.services), others_s()
     await meanwhile(course)
     course.ended = time.monotonic()
     course.cpu_s = sum(service.cpu_s() for service in course.services) - cpu_s
     course.others = (others_s() - busy_s) / (course.ended - course.begun)
+    course.generations = await _generations(course.services) - generations
     for service in course.services:
         service.resident_mb()
+
+
+async def _generations(services: Sequence[Contestant]) -> float:
+    return sum([(await service.metrics())["campaign_stats_generation_seconds_count"] for service in services])
 
 
 async def stopped(services: Sequence[Contestant]) -> list[str]:
@@ -159,6 +166,7 @@ def latencies(course: Course, stream: str) -> dict[str, float]:
         "p99 ms": percentile(taken, 99),
         "highest ms": max(taken, default=0.0),
         "CPU us/hint": course.cpu_s / max(1, len(taken)) * 1e6,
+        "hints/generation": len(taken) / max(1, course.generations),
     }
 
 
@@ -178,9 +186,9 @@ async def measure(stage: Stage) -> Report:
     report.figures = [
         Figure("p99 latency at 1 000/s vs a relay that polls every 100 ms", against, ",.2f", at_most(CEILING)),
         *(
-            Figure(f"{name}: {value}", list(counted(trials, name, value).values()), ",.0f")
+            Figure(f"{name}: {value}", list(counted(trials, name, value).values()), ",.1f")
             for name in NAMES
-            for value in ("p50 ms", "p99 ms", "CPU us/hint")
+            for value in ("p50 ms", "p99 ms", "CPU us/hint", "hints/generation")
         ),
     ]
     return report
