@@ -17,7 +17,7 @@ from schemas import events
 from schemas.topics import Topics
 from tests.benchmarks import variants, workload
 from tests.benchmarks.report import Figure, Report, at_most, ratios
-from tests.benchmarks.stage import Contestant, Group, Stage, others_s
+from tests.benchmarks.stage import Contestant, Group, Stage, others_s, tree_cpu_s
 from tests.benchmarks.trials import Trial, counted, interleaved, report_of
 from tests.benchmarks.upstream import Answer, Receiver, Stream, Upstream, percentile, receiving, unanswered
 
@@ -46,6 +46,7 @@ class Course:
     begun: float = 0.0  # monotonic: when the warm-up was over
     ended: float = 0.0
     cpu_s: float = 0.0
+    sessions_s: float = 0.0  # CPU of the service's sessions in PostgreSQL
     generations: float = 0.0
     others: float = 0.0
     made: Mapping[str, int] = field(default_factory=dict)
@@ -130,13 +131,15 @@ async def steady(
 
 
 async def _watched(course: Course, meanwhile: Callable[[Course], Awaitable[None]]) -> None:
-    generations = await _generations(course.services)
+    sessions = await workload.sessions(course.stage.postgres.url(course.database))
+    sessions_s, generations = tree_cpu_s(sessions), await _generations(course.services)
     course.begun = time.monotonic()
     cpu_s, busy_s = sum(service.cpu_s() for service in course.services), others_s()
     await meanwhile(course)
     course.ended = time.monotonic()
     course.cpu_s = sum(service.cpu_s() for service in course.services) - cpu_s
     course.others = (others_s() - busy_s) / (course.ended - course.begun)
+    course.sessions_s = tree_cpu_s(sessions) - sessions_s
     course.generations = await _generations(course.services) - generations
     for service in course.services:
         service.resident_mb()
@@ -166,6 +169,7 @@ def latencies(course: Course, stream: str) -> dict[str, float]:
         "p99 ms": percentile(taken, 99),
         "highest ms": max(taken, default=0.0),
         "CPU us/hint": course.cpu_s / max(1, len(taken)) * 1e6,
+        "CPU us/hint in PostgreSQL": course.sessions_s / max(1, len(taken)) * 1e6,
         "hints/generation": len(taken) / max(1, course.generations),
     }
 
@@ -188,7 +192,7 @@ async def measure(stage: Stage) -> Report:
         *(
             Figure(f"{name}: {value}", list(counted(trials, name, value).values()), ",.1f")
             for name in NAMES
-            for value in ("p50 ms", "p99 ms", "CPU us/hint", "hints/generation")
+            for value in ("p50 ms", "p99 ms", "CPU us/hint", "CPU us/hint in PostgreSQL", "hints/generation")
         ),
     ]
     return report

@@ -4,8 +4,8 @@
 
 One process collects while it flushes: what arrives during one flush makes up the next generation. Hints are Zipf 1.0
 over its campaigns, so a generation of n hints has `distinct(n, campaigns)` of them; each costs one recount, whatever n
-is. Both the process and its database connection are busy for a time that is linear in hints and in recounts. Replicas
-share nothing but database cores. What the network between machines adds is not in it.
+is. Process and database are busy for a time that is linear in hints, recounts and generations. Replicas share nothing
+but database cores. What the network between machines adds is not in it.
 """
 
 import json
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from tests.benchmarks.latency import PER_SECOND
 from tests.servers import REPOSITORY
 
 RESULTS: Final = REPOSITORY / "build" / "bench.json"
@@ -35,6 +36,9 @@ class Constants:
     hint_us: float  # the process: poll, decode, collect
     recount_us: float  # the process: everything else, for each recounted campaign
     database_us: float  # PostgreSQL: for each recounted campaign of 300 prospects, with save, outbox and relay
+    generation_us: float  # the process: for each generation, however small
+    generation_database_us: float  # PostgreSQL: the same
+    generation_s: float  # how long the smallest one takes
     kafka_us: float  # the brokers, for each hint
     told: float  # events published for each recount
     hint_bytes: float
@@ -85,22 +89,38 @@ def main() -> int:
 
 
 def read(document: Mapping[str, Any]) -> Constants:
-    """Constants from build/bench.json. Raises KeyError when it lacks drain or reading."""
-    figures = document["measures"]["reading"]["figures"]
-    hint_us = figures["aiokafka, our checks: CPU us/event"]["median"]
+    """Constants from build/bench.json. Raises KeyError when it lacks drain, reading or latency.
+
+    At 1 000 hints a second, each for another campaign, generations are small: what a hint costs there beyond its share
+    of the drain's is its share of the generation.
+    """
+    hint_us = _median(document, "reading", "aiokafka, our checks: CPU us/event")
     runs = [
         run for run in document["measures"]["drain"]["runs"] if run["contestant"] == "service" and not run["problems"]
     ]
     hints, recounts, published = (sum(run[name] for run in runs) for name in ("events", "recounts", "published"))
+    recount_us = (sum(run["cpu_s"] for run in runs) * 1e6 - hint_us * hints) / recounts
+    database_us = sum(run["postgres_s"] for run in runs) * 1e6 / recounts
+    together = _median(document, "latency", "service: hints/generation")
+    beyond_us = _median(document, "latency", "service: CPU us/hint") - hint_us - recount_us
+    beyond_database_us = _median(document, "latency", "service: CPU us/hint in PostgreSQL") - database_us
     return Constants(
         hint_us=hint_us,
-        recount_us=(sum(run["cpu_s"] for run in runs) * 1e6 - hint_us * hints) / recounts,
-        database_us=sum(run["postgres_s"] for run in runs) * 1e6 / recounts,
+        recount_us=recount_us,
+        database_us=database_us,
+        generation_us=beyond_us * together,
+        generation_database_us=beyond_database_us * together,
+        generation_s=together / PER_SECOND - together * (hint_us + recount_us + database_us) / 1e6,
         kafka_us=sum(run["kafka_s"] for run in runs) * 1e6 / hints,
         told=published / recounts,
         hint_bytes=435,
         event_bytes=1_250,
     )
+
+
+def _median(document: Mapping[str, Any], measure: str, figure: str) -> float:
+    found: float = document["measures"][measure]["figures"][figure]["median"]
+    return found
 
 
 def fewest(constants: Constants, load: Load) -> Outcome:
@@ -116,23 +136,24 @@ def fewest(constants: Constants, load: Load) -> Outcome:
 def simulate(constants: Constants, load: Load, processes: int) -> Outcome:
     """Generation after generation of one process of `processes`, until it repeats itself; its share is an equal one."""
     rate, campaigns = load.hints_per_s / processes, max(1, load.campaigns // processes)
-    work_us = constants.recount_us + constants.database_us * (load.prospects / load.campaigns) / 300
-    waiting, seconds, recounts = 1.0, 0.0, 0.0
+    database_us = constants.database_us * (load.prospects / load.campaigns) / 300
+    hints, seconds, recounts = 1.0, constants.generation_s, 1.0
+    waiting = 1.0
     for _ in range(TURNS):
-        hints = min(waiting, GENERATION_AT_MOST)
+        hints = max(1.0, min(waiting, GENERATION_AT_MOST))
         recounts = distinct(hints, campaigns)
-        seconds = (recounts * work_us + hints * constants.hint_us) / 1e6 + math.ceil(recounts / CHUNK) * 0.001
-        waiting = max(1.0, waiting - hints + rate * seconds)
-    # What one process spends of its own core for each second of arrivals.
-    per_hint = recounts / max(1.0, min(waiting, GENERATION_AT_MOST))
-    busy = rate * (constants.hint_us + per_hint * constants.recount_us) / 1e6
-    total = load.hints_per_s * per_hint
+        work_us = recounts * (constants.recount_us + database_us) + hints * constants.hint_us
+        seconds = max(work_us / 1e6 + constants.generation_s, hints / rate)  # an idle process waits for a hint
+        waiting = max(0.0, waiting - hints) + rate * seconds
+    total = recounts / seconds * processes
+    busy = (hints * constants.hint_us + recounts * constants.recount_us + constants.generation_us) / 1e6 / seconds
+    database_s = recounts * database_us + constants.generation_database_us
     return Outcome(
         processes,
         seconds,
         total,
         busy,
-        total * constants.database_us * (load.prospects / load.campaigns) / 300 / 1e6,
+        processes * database_s / 1e6 / seconds,
         load.hints_per_s * constants.kafka_us / 1e6,
         (load.hints_per_s * constants.hint_bytes + total * constants.told * constants.event_bytes) / 1e6,
         processes * POOL,

@@ -389,7 +389,11 @@ def tree_cpu_s(pids: Sequence[int]) -> float:
     """CPU seconds so far of these processes and their children, also of those that have ended."""
     spent = 0.0
     for pid in pids:
-        for process in (parent := psutil.Process(pid), *parent.children(recursive=True)):
+        found: list[psutil.Process] = []
+        with contextlib.suppress(psutil.Error):
+            parent = psutil.Process(pid)
+            found = [parent, *parent.children(recursive=True)]
+        for process in found:
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
                 spent += times.user + times.system + times.children_user + times.children_system

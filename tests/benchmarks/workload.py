@@ -211,6 +211,16 @@ async def waiting(db: asyncpg.Connection) -> int:
     return rows
 
 
+async def sessions(url: str) -> list[int]:
+    """Process ids of the service's sessions in this database."""
+    async with connected(url) as db:
+        rows = await db.fetch(
+            "SELECT pid FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name = 'campaign-stats'"
+        )
+    return [row["pid"] for row in rows]
+
+
 async def prove(url: str, before: Truth, news: News, hinted: Collection[UUID]) -> list[str]:
     """What is wrong after a run of the service; empty when its figures may count.
 

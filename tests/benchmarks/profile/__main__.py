@@ -25,7 +25,6 @@ from typing import Any, Final
 from uuid import UUID
 
 import asyncpg
-import psutil  # type: ignore[import-untyped]  # has no types
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from rich import box
 from rich.console import Console
@@ -39,7 +38,18 @@ from tests.benchmarks.__main__ import KAFKA, POSTGRES
 from tests.benchmarks.profile.inside import CLOCKS
 from tests.benchmarks.profile.stacks import Stacks
 from tests.benchmarks.profile.statements import EXPLAINED_FROM, StatementNames, explained, recounts
-from tests.benchmarks.stage import END_DEADLINE_S, LOOK_S, PEERS_PYTHON, Contestant, Failed, Group, Round, Size, Stage
+from tests.benchmarks.stage import (
+    END_DEADLINE_S,
+    LOOK_S,
+    PEERS_PYTHON,
+    Contestant,
+    Failed,
+    Group,
+    Round,
+    Size,
+    Stage,
+    tree_cpu_s,
+)
 from tests.servers import REPOSITORY, ApacheKafka, java_available
 
 PICTURES: Final = Path(__file__).parent.parent
@@ -108,7 +118,7 @@ def main() -> int:
             kafka.start()
             size = Size(options.campaigns, options.hints, rounds=1)
             stage = Stage(postgres, kafka, directory, size, console.print)
-            profile = Profile(stage, console, kafka.pids[0], pyspy or Path(), options.seconds, options.rate)
+            profile = Profile(stage, console, pyspy or Path(), options.seconds, options.rate)
             return asyncio.run(profile.measure())
         except (Failed, ServerFailed, asyncpg.PostgresError) as error:
             print(f"bench-profile: {error}", file=sys.stderr)
@@ -170,7 +180,6 @@ class Profile:
 
     stage: Stage
     console: Console
-    kafka_pid: int
     pyspy: Path
     seconds: float
     rate: float
@@ -294,16 +303,15 @@ class Profile:
             if spy is None:
                 await _read_clocks(service, clocks)  # sets them back
                 await db.execute("SELECT pg_stat_statements_reset()")
-            before, begun = await self._cpu(db, service, copy), time.monotonic()
+            before, begun = await self._cpu(service, copy), time.monotonic()
             try:
                 yield window
             finally:
                 if spy is not None and spy.returncode is None:
                     spy.send_signal(signal.SIGINT)
             window.seconds = time.monotonic() - begun
-            after = await self._cpu(db, service, copy)
-            for (who, pid), cpu_s in after.items():
-                window.cpu_s[who] = window.cpu_s.get(who, 0.0) + cpu_s - before.get((who, pid), 0.0)
+            after = await self._cpu(service, copy)
+            window.cpu_s = {who: cpu_s - before[who] for who, cpu_s in after.items()}
             if spy is not None:
                 _, said = await asyncio.wait_for(spy.communicate(), END_DEADLINE_S)
                 if not raw.exists():
@@ -320,19 +328,12 @@ class Profile:
             stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
 
-    async def _cpu(self, db: asyncpg.Connection, service: Contestant, copy: str) -> dict[tuple[str, int], float]:
-        """CPU seconds so far of the service, of its sessions in PostgreSQL and of Kafka, by process."""
-        rows = await db.fetch(
-            "SELECT pid FROM pg_stat_activity WHERE datname = $1 AND application_name = 'campaign-stats'", copy
-        )
-        pids = [("PostgreSQL, the service's sessions", row["pid"]) for row in rows]
-        pids += [("service", service.pid), ("Kafka", self.kafka_pid)]
-        found = {}
-        for who, pid in pids:
-            with suppress(psutil.Error):  # a session may just have ended
-                times = psutil.Process(pid).cpu_times()
-                found[who, pid] = times.user + times.system
-        return found
+    async def _cpu(self, service: Contestant, copy: str) -> dict[str, float]:
+        """CPU seconds so far of the service, of its sessions in PostgreSQL and of Kafka."""
+        sessions = await workload.sessions(self.stage.postgres.url(copy))
+        return {
+            SESSIONS: tree_cpu_s(sessions), "service": service.cpu_s(), "Kafka": tree_cpu_s(self.stage.kafka.pids),
+        }  # fmt: skip
 
     def _tell(self, way: str, watched: Window, clocked: Window, document: dict[str, Any]) -> None:
         """Print the tables of one way, draw its flame graph, and keep everything in the document."""
