@@ -240,47 +240,60 @@ class _Parsed:
         return f"$.{name}" if self.is_binary else f"$.data.{name}"
 
 
-def collect(records: Sequence[Content], hints: dict[UUID, Cause | None]) -> tuple[int, list[tuple[Content, Decoded]]]:
-    """Put the status hints among `records` into `hints`: campaign -> ids of its last hint.
+class Hints:
+    """Dirty campaigns, each with the ids of its last hint."""
 
-    Returns how many were plain hints, and of all the others what they are, in order (hints among them are in `hints`
-    too). Says the same as `decode` and `keep_last` for every record, at half the cost. Never raises.
-    """
-    latest: dict[str, _PlainHint] = {}  # by id as text, which is hashed faster; of the last ones a Cause is made
-    others: list[tuple[Content, Decoded]] = []
-    for record in records:
-        value = record.value
-        # JSON without a backslash holds neither U+0000 nor a lone surrogate.
-        if value is not None and not record.headers and b"\\" not in value:
-            try:
-                hint = _parse_plain(value)
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                pass  # not plain, which says nothing about its being right
-            else:
-                campaign, prospect = hint.data.campaign_id, hint.data.prospect_id
-                if (campaign in latest or _canonical(campaign)) and _ANY_ID.fullmatch(prospect) is not None:
-                    latest[campaign] = hint
-                    continue
-        event = _decode(record)
-        others.append((record, event))
-        if type(event) is StatusHint:
-            _settle(hints, latest)
-            latest.clear()
-            keep_last(hints, event)
-    _settle(hints, latest)
-    return len(records) - len(others), others
+    def __init__(self) -> None:
+        self._plain: dict[str, _PlainHint] = {}  # by id as text, which is hashed faster; a Cause is made of the last
+        self._settled: dict[UUID, Cause | None] = {}
 
+    def __len__(self) -> int:
+        """How many campaigns at most."""
+        return len(self._plain) + len(self._settled)
 
-def _settle(hints: dict[UUID, Cause | None], latest: Mapping[str, _PlainHint]) -> None:
-    for campaign, plain in latest.items():
-        if (campaign_id := _canonical(campaign)) is not None:  # it always is: only such are in there
-            hints[campaign_id] = plain.cause()
+    def collect(self, records: Sequence[Content]) -> tuple[int, list[tuple[Content, Decoded]]]:
+        """Take in the status hints among `records`.
 
+        Returns how many were plain hints, and of all the others what they are, in order (hints among them are taken in
+        too). Says the same as `decode` and `keep_last` for every record, at a third of the cost. Never raises.
+        """
+        latest, others = self._plain, list[tuple[Content, Decoded]]()
+        for record in records:
+            value = record.value
+            # JSON without a backslash holds neither U+0000 nor a lone surrogate.
+            if value is not None and not record.headers and b"\\" not in value:
+                try:
+                    hint = _parse_plain(value)
+                except (msgspec.DecodeError, UnicodeDecodeError):
+                    pass  # not plain, which says nothing about its being right
+                else:
+                    campaign, prospect = hint.data.campaign_id, hint.data.prospect_id
+                    if (campaign in latest or _canonical(campaign)) and _ANY_ID.fullmatch(prospect) is not None:
+                        latest[campaign] = hint
+                        continue
+            event = _decode(record)
+            others.append((record, event))
+            if type(event) is StatusHint:
+                self.keep_last(event)
+        return len(records) - len(others), others
 
-def keep_last(hints: dict[UUID, Cause | None], hint: StatusHint) -> None:
-    """A campaign is dirty; the ids of a later hint replace those of an earlier one."""
-    if hint.cause is not None or hint.campaign_id not in hints:
-        hints[hint.campaign_id] = hint.cause
+    def keep_last(self, hint: StatusHint) -> None:
+        """A campaign is dirty; the ids of a later hint replace those of an earlier one."""
+        campaigns = self.settled()
+        if hint.cause is not None or hint.campaign_id not in campaigns:
+            campaigns[hint.campaign_id] = hint.cause
+
+    def add(self, campaign_id: UUID) -> None:
+        """A campaign is dirty, and no hint says why."""
+        self._settled.setdefault(campaign_id, None)
+
+    def settled(self) -> dict[UUID, Cause | None]:
+        """All of them."""
+        for campaign, plain in self._plain.items():
+            if (campaign_id := _canonical(campaign)) is not None:  # it always is: only such are in there
+                self._settled[campaign_id] = plain.cause()
+        self._plain.clear()
+        return self._settled
 
 
 def decode(records: Sequence[Content]) -> list[Decoded]:

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import msgspec
 
-from consumer.envelope import Cause, DeadLetter, Record, SyncRequest
+from consumer.envelope import Cause, DeadLetter, Hints, Record, SyncRequest
 from schemas.events import Trigger
 
 CHUNK_CAMPAIGNS: Final = 1_000  # one transaction; larger gains nothing and holds locks longer (design, section 6)
@@ -61,16 +61,18 @@ class Generation:
     what dead letters and the ids of requests hold in memory.
     """
 
-    hints: dict[UUID, Cause | None] = field(default_factory=dict)
+    hints: Hints = field(default_factory=Hints)
     requests: dict[UUID, dict[tuple[str, str], SyncRequest]] = field(default_factory=dict)
     dead_letters: list[tuple[Record, DeadLetter]] = field(default_factory=list)
     offsets: dict[Partition, int] = field(default_factory=dict)
     records: int = 0
+    asked: int = 0  # requests, the same one twice counted twice
     held_bytes: int = 0
 
     def add_request(self, request: SyncRequest) -> None:
         """A sync request; the same event twice is one request."""
         self.requests.setdefault(request.campaign_id, {})[request.source, request.cause.id] = request
+        self.asked += 1
         self.held_bytes += len(request.source) + len(request.cause.id)  # usually short, but without a limit
 
     def add_dead_letter(self, record: Record, letter: DeadLetter) -> None:
@@ -86,21 +88,23 @@ class Generation:
 
     def works(self) -> Iterator[Work]:
         """Every dirty campaign once, those with sync requests first."""
+        hints = self.hints.settled()
         for campaign_id, requests in self.requests.items():
             yield Work(
                 campaign_id,
                 Trigger.SYNC_REQUESTED,
-                hint=self.hints.get(campaign_id),
+                hint=hints.get(campaign_id),
                 requests=tuple(requests.values()),
             )
-        for campaign_id, cause in self.hints.items():
+        for campaign_id, cause in hints.items():
             if campaign_id not in self.requests:
                 yield Work(campaign_id, Trigger.STATUS_CHANGED, hint=cause)
 
     @property
     def campaigns(self) -> int:
         """How many campaigns are dirty."""
-        return len(self.hints) + sum(campaign_id not in self.hints for campaign_id in self.requests)
+        hints = self.hints.settled()
+        return len(hints) + sum(campaign_id not in hints for campaign_id in self.requests)
 
     def __bool__(self) -> bool:
         """Whether there is anything to flush or to commit."""

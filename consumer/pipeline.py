@@ -24,7 +24,6 @@ from consumer.envelope import (
     Record,
     StatusHint,
     SyncRequest,
-    collect,
     placed,
 )
 from consumer.errors import OwnershipLost, ServiceError, described
@@ -34,7 +33,7 @@ from consumer.metrics import RECORD_KINDS, Metrics
 from consumer.outcome import Deferral, Outcome
 from consumer.recount import Rules, recount_campaigns, tally
 
-COLLECT_AT_MOST: Final = 200_000  # records; about 100 MB when every campaign is another one
+COLLECT_AT_MOST: Final = 200_000  # campaigns and requests: about 100 MB; hints of one campaign hold no more than one
 BURY_AT_MOST: Final = 5_000  # dead letters: offsets move on within seconds, also where each is refused
 HOLD_AT_MOST: Final = 64 * 1024 * 1024  # bytes of dead letters, held whole until they are written, and of requests' ids
 
@@ -126,17 +125,17 @@ class Pipeline:
             self._passed.extend(passed)
             for batch in batches:
                 self._collect(batch)
-            if self._collecting or self._passed:
-                self._filled.set()
             generation = self._collecting
+            if generation or self._passed:
+                self._filled.set()
             if not self._full and (
-                generation.records >= COLLECT_AT_MOST
+                len(generation.hints) + generation.asked >= COLLECT_AT_MOST
                 or generation.held_bytes >= HOLD_AT_MOST
                 or len(generation.dead_letters) >= BURY_AT_MOST
             ):
                 self._full = True
                 self._source.pause()
-            self._metrics.collecting.set(self._collecting.records)
+            self._metrics.collecting.set(generation.records)
             self._metrics.fetch_paused.set(self._full)
             if self._full:
                 await asyncio.sleep(0)  # polling goes on, so that the group keeps us
@@ -148,14 +147,14 @@ class Pipeline:
         if batch.partition[0] == self._cdc_topic:
             others = zip(batch.records, decode_changes(batch.records), strict=True)
         else:
-            kinds["status_hint"], others = collect(batch.records, generation.hints)
+            kinds["status_hint"], others = generation.hints.collect(batch.records)
         for record, event in others:
             match event:
                 case StatusHint():  # is among the hints already
                     kinds["newer_version" if event.newer else "status_hint"] += 1
                 case ChangeHint():
                     for campaign_id in event.campaign_ids:
-                        generation.hints.setdefault(campaign_id, None)
+                        generation.hints.add(campaign_id)
                     kinds["change"] += 1
                 case SyncRequest():
                     generation.add_request(event)

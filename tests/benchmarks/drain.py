@@ -41,6 +41,7 @@ MANY_EVENTS: Final = 200_000  # of a peer that is not slow
 PEER_SECONDS: Final = 60.0
 PEER_END_S: Final = 60.0  # to flush and commit what it counted
 SERVICE: Final = "service"
+ON_BOTH_CORES: Final = "service, two processes"
 COUNTED: Final = re.compile(rb"^counted (\d+)$", re.MULTILINE)
 
 
@@ -49,7 +50,8 @@ class Peer:
     """Somebody else's way. `command` is made at the last moment, because it may have to be built.
 
     `counts_only`: has no database, and publishes what it counted; the others recount, and publish.
-    `tells_each`: publishes at least one event for every hint it has committed.
+    `tells_each`: publishes at least one event for every hint it has committed. `takes_both`: works on both cores by
+    itself, so that its limit is for the service on both; beside one process of the service it is shown without a limit.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Peer:
     environment: Mapping[str, str] = field(default_factory=dict)
     counts_only: bool = False
     tells_each: bool = False
+    takes_both: bool = False
 
 
 def _script(name: str, python: object = PEERS_PYTHON) -> Callable[[], Sequence[str]]:
@@ -81,11 +84,11 @@ OTHERS: Final = (
     Peer("quixstreams, squeezed", None, _script("quix_counts"), MANY_EVENTS, {"SQUEEZED": "1"}, counts_only=True),
     Peer(
         "Kafka Streams, RocksDB, commit 100 ms", at_least(1.3), streams.command, sys.maxsize,
-        {**STREAMS, "COMMIT_MS": "100"}, counts_only=True,
+        {**STREAMS, "COMMIT_MS": "100"}, counts_only=True, takes_both=True,
     ),
     Peer(
         "Kafka Streams, RocksDB, default commit", at_least(1.0), streams.command, sys.maxsize, STREAMS,
-        counts_only=True,
+        counts_only=True, takes_both=True,
     ),
 )  # fmt: skip
 
@@ -98,11 +101,16 @@ async def measure(stage: Stage) -> Report:
     for number in range(1, stage.size.rounds + 1):
         runs.extend(await _round(stage, number, peers))
     report = reported("drain", runs, rounds=min(stage.size.rounds, 3))
-    ours = rates(runs, SERVICE)
+    ours, on_both = rates(runs, SERVICE), rates(runs, ON_BOTH_CORES)
     for peer in peers:
-        report.figures.append(Figure(f"drain vs {peer.name}", ratios(ours, rates(runs, peer.name)), ",.1f", peer.limit))
+        theirs = rates(runs, peer.name)
+        limit = None if peer.takes_both else peer.limit
+        report.figures.append(Figure(f"drain vs {peer.name}", ratios(ours, theirs), limit=limit))
+        if peer.takes_both:
+            name = f"drain, two processes vs {peer.name}, two threads"
+            report.figures.append(Figure(name, ratios(on_both, theirs), limit=peer.limit))
     counting = [run for run in runs if run.counts]
-    for name in (SERVICE, *(peer.name for peer in peers)):
+    for name in dict.fromkeys(run.contestant for run in runs):
         mine = [run for run in counting if run.contestant == name]
         limit = at_most(MEMORY_LIMIT_MB) if name == SERVICE else None
         report.figures += [
@@ -115,14 +123,17 @@ async def measure(stage: Stage) -> Report:
 
 async def _round(stage: Stage, number: int, peers: Sequence[Peer]) -> list[Run]:
     """Everybody on the same hints and equal databases, one after the other."""
-    order: list[Peer | None] = [*peers[: len(peers) // 2], None, *peers[len(peers) // 2 :]]
+    ours = {SERVICE: 1, ON_BOTH_CORES: 2} if any(peer.takes_both for peer in peers) else {SERVICE: 1}
+    order: list[Peer | str] = [*peers[: len(peers) // 2], *ours, *peers[len(peers) // 2 :]]
     if number % 2 == 0:
         order.reverse()
     runs = []
     async with stage.round(number, seed=number) as common:
         for place, peer in enumerate(order):
-            if peer is None:
-                attempt: Callable[[str], Awaitable[Run]] = partial(service_run, stage, common)
+            if isinstance(peer, str):
+                attempt: Callable[[str], Awaitable[Run]] = partial(
+                    service_run, stage, common, processes=ours[peer], contestant=peer
+                )
             else:
                 attempt = partial(_counting_run if peer.counts_only else _recounting_run, stage, common, peer)
             runs.append(await stage.undisturbed(f"r{number}-{place}", attempt))

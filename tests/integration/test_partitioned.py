@@ -31,39 +31,13 @@ from tests.benchmarks.adopt import CATALOG
 from tests.benchmarks.partitioned import Shape, reference
 from tests.integration.test_adoption import MARGIN_S, see_tries, transaction_of_somebody, writing
 from tests.integration.test_plans import Plan, Who, inside, undone, windows_of
+from tests.servers import REPOSITORY
 from tests.world import USER
 
 PARTITIONS: Final = 8
 INDEXES: Final = ("campaign_prospects_by_campaign_and_status", "campaign_prospects_by_contact")
 
-# The way out (adopting.md, 8.) where the tables are partitioned: an index of a partitioned table is dropped as a whole,
-# which holds up readers and writers, so rather briefly and again; and the options are the partitions'.
-LEAVING: Final = """
-DO $$
-DECLARE leaf regclass;
-BEGIN
-    FOR attempt IN 1..80 LOOP
-        BEGIN
-            SET LOCAL lock_timeout = '500ms';
-            DROP TRIGGER IF EXISTS campaign_stats_contacted_at_insert ON public.campaign_prospects;
-            DROP TRIGGER IF EXISTS campaign_stats_contacted_at_update ON public.campaign_prospects;
-            DROP INDEX IF EXISTS public.campaign_prospects_by_campaign_and_status, public.campaign_prospects_by_contact;
-            FOR leaf IN SELECT relid FROM pg_partition_tree('public.campaigns') WHERE isleaf LOOP
-                EXECUTE format('ALTER TABLE %s RESET (fillfactor)', leaf);
-            END LOOP;
-            FOR leaf IN SELECT relid FROM pg_partition_tree('public.campaign_prospects') WHERE isleaf LOOP
-                EXECUTE format('ALTER TABLE %s RESET (fillfactor, autovacuum_vacuum_scale_factor,'
-                               ' autovacuum_vacuum_insert_scale_factor, autovacuum_analyze_scale_factor)', leaf);
-            END LOOP;
-            RETURN;
-        EXCEPTION WHEN lock_not_available THEN
-            PERFORM pg_sleep(1);
-        END;
-    END LOOP;
-    RAISE EXCEPTION 'a long transaction uses campaign_prospects: let it end, then run this again';
-END $$;
-DROP SCHEMA campaign_stats CASCADE;
-"""
+[LEAVING] = re.findall(r"```sql\n(.*?)```", (REPOSITORY / "deploy" / "scaling.md").read_text("utf-8"), re.DOTALL)
 
 
 @pytest.fixture

@@ -17,15 +17,14 @@ from consumer.envelope import (
     Cause,
     DeadLetter,
     Decoded,
+    Hints,
     Ignored,
     StatusHint,
     SyncRequest,
-    collect,
     dead_letter_headers,
     decode,
     encode,
     format_time,
-    keep_last,
     stub_headers,
 )
 from schemas.events import STATUS_CHANGED, SYNC_REQUESTED, DeadLetterReason
@@ -93,14 +92,13 @@ def one(record: Bytes) -> Decoded:
 
 def assert_collected_alike(records: Sequence[Bytes]) -> None:
     """The hot path says of these records what `decode` says."""
-    collected: dict[UUID, Cause | None] = {}
-    plain, others = collect(records, collected)
+    collected, one_by_one = Hints(), Hints()
+    plain, others = collected.collect(records)
     decoded = decode(records)
     hints = [event for event in decoded if isinstance(event, StatusHint)]
-    expected: dict[UUID, Cause | None] = {}
     for event in hints:
-        keep_last(expected, event)
-    assert collected == expected
+        one_by_one.keep_last(event)
+    assert collected.settled() == one_by_one.settled()
     told = {id(record): event for record, event in others}
     assert plain == len(records) - len(told)
     for record, said in zip(records, decoded, strict=True):
@@ -532,7 +530,7 @@ def test_the_hot_path_says_what_the_careful_path_says(records: list[Bytes]) -> N
 
 @pytest.mark.parametrize("more", [{}, {"time": "x", "subject": "y", "correlationid": "z", "traceparent": TRACE}])
 def test_a_plain_hint_takes_the_hot_path(more: dict[str, object]) -> None:
-    assert collect([structured(hint(**more))], {}) == (1, [])
+    assert Hints().collect([structured(hint(**more))]) == (1, [])
 
 
 CANARY = "qzxjkvwpy"  # occurs in no message of ours

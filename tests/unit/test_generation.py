@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer.deferred import merged
-from consumer.envelope import DeadLetter, StatusHint, SyncRequest, keep_last
+from consumer.envelope import DeadLetter, StatusHint, SyncRequest
 from consumer.generation import Generation, Seen, Work
 from schemas.events import DeadLetterReason, Trigger
 from tests.unit.builders import (
@@ -38,7 +38,7 @@ def filled(events: list[StatusHint | SyncRequest]) -> Generation:
     generation = Generation()
     for event in events:
         if isinstance(event, StatusHint):
-            keep_last(generation.hints, event)
+            generation.hints.keep_last(event)
         else:
             generation.add_request(event)
     return generation
