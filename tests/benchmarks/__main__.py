@@ -29,6 +29,7 @@ from tests.benchmarks import (
     cluster,
     counting,
     crash,
+    decoding,
     drain,
     growth,
     hot,
@@ -59,6 +60,7 @@ Measure = Callable[[Stage], Awaitable[Report]]
 MEASURES: Final[Mapping[str, Measure]] = {
     "drain": drain.measure,
     "reading": reading.measure,
+    "decoding": decoding.measure,
     "counting": counting.measure,
     "latency": latency.measure,
     "hot": hot.measure,

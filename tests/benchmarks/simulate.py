@@ -20,10 +20,11 @@ from tests.benchmarks.latency import PER_SECOND
 from tests.servers import REPOSITORY
 
 RESULTS: Final = REPOSITORY / "build" / "bench.json"
-GENERATION_AT_MOST: Final = 200_000  # hints (consumer.pipeline.COLLECT_AT_MOST)
-CHUNK: Final = 1_000  # campaigns (consumer.generation.CHUNK_CAMPAIGNS)
+GENERATION_AT_MOST: Final = 200_000  # campaigns (consumer.pipeline.COLLECT_AT_MOST)
 POOL: Final = 6  # connections of one process at most (consumer.database.POOL_SIZE)
 BUSY_AT_MOST: Final = 0.7  # of a process or a database core: beyond it a wave takes long to go down
+FRESH_S: Final = 1.0  # a generation: what comes in at its beginning waits for it and for the next one
+HOPELESS_S: Final = 600.0
 HEADROOM: Final = 3.0  # partitions for each process: to add replicas without a new topic
 TURNS: Final = 400
 SCALES: Final = (1, 10, 100, 1_000)
@@ -114,7 +115,7 @@ def read(document: Mapping[str, Any]) -> Constants:
         kafka_us=sum(run["kafka_s"] for run in runs) * 1e6 / hints,
         told=published / recounts,
         hint_bytes=435,
-        event_bytes=1_250,
+        event_bytes=1_000,
     )
 
 
@@ -124,36 +125,40 @@ def _median(document: Mapping[str, Any], measure: str, figure: str) -> float:
 
 
 def fewest(constants: Constants, load: Load) -> Outcome:
-    """The fewest processes that keep up and are not busier than BUSY_AT_MOST."""
+    """The fewest processes that keep up, are not busier than BUSY_AT_MOST, and tell within about FRESH_S twice."""
     processes = 1
     while True:
         found = simulate(constants, load, processes)
-        if found.process_busy <= BUSY_AT_MOST:
+        if found is not None and found.process_busy <= BUSY_AT_MOST and found.generation_s <= FRESH_S:
             return found
-        processes = max(processes + 1, math.ceil(processes * found.process_busy / BUSY_AT_MOST * 0.9))
+        processes += 1
 
 
-def simulate(constants: Constants, load: Load, processes: int) -> Outcome:
-    """Generation after generation of one process of `processes`, until it repeats itself; its share is an equal one."""
+def simulate(constants: Constants, load: Load, processes: int) -> Outcome | None:
+    """Generation after generation of one process, whose share is an equal one, until they repeat; None: falls behind.
+
+    A flush waits for the database, and the process decodes meanwhile what makes up the next generation.
+    """
     rate, campaigns = load.hints_per_s / processes, max(1, load.campaigns // processes)
     database_us = constants.database_us * (load.prospects / load.campaigns) / 300
-    hints, seconds, recounts = 1.0, constants.generation_s, 1.0
-    waiting = 1.0
+    hints = recounts = seconds = process_s = 0.0
     for _ in range(TURNS):
-        hints = max(1.0, min(waiting, GENERATION_AT_MOST))
+        hints = max(1.0, rate * seconds)
         recounts = distinct(hints, campaigns)
-        work_us = recounts * (constants.recount_us + database_us) + hints * constants.hint_us
-        seconds = max(work_us / 1e6 + constants.generation_s, hints / rate)  # an idle process waits for a hint
-        waiting = max(0.0, waiting - hints) + rate * seconds
+        flush_s = recounts * (constants.recount_us + database_us) / 1e6 + constants.generation_s
+        process_s = (
+            hints * constants.hint_us + recounts * constants.recount_us + constants.generation_us
+        ) / 1e6  # fmt: skip
+        seconds = max(flush_s, process_s, hints / rate)
+        if recounts > GENERATION_AT_MOST or seconds > HOPELESS_S:
+            return None
     total = recounts / seconds * processes
-    busy = (hints * constants.hint_us + recounts * constants.recount_us + constants.generation_us) / 1e6 / seconds
-    database_s = recounts * database_us + constants.generation_database_us
     return Outcome(
         processes,
         seconds,
         total,
-        busy,
-        processes * database_s / 1e6 / seconds,
+        process_s / seconds,
+        processes * (recounts * database_us + constants.generation_database_us) / 1e6 / seconds,
         load.hints_per_s * constants.kafka_us / 1e6,
         (load.hints_per_s * constants.hint_bytes + total * constants.told * constants.event_bytes) / 1e6,
         processes * POOL,

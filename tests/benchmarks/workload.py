@@ -290,7 +290,7 @@ async def write_hints(
             for campaign in draws:
                 partition, key = place[campaign], keys[campaign]
                 batch = batches.setdefault(partition, producer.create_batch())
-                batch.append(timestamp=None, key=key.encode(), value=_hint(key, dice.getrandbits(128), padding))
+                batch.append(timestamp=None, key=key.encode(), value=hint(key, dice.getrandbits(128), padding))
                 if batch.record_count() == BATCH_RECORDS:
                     acknowledged.append(await producer.send_batch(batches.pop(partition), topic, partition=partition))
             for partition, batch in batches.items():
@@ -300,7 +300,8 @@ async def write_hints(
         await producer.stop()
 
 
-def _hint(campaign: str, number: int, padding: str = "") -> bytes:
+def hint(campaign: str, number: int, padding: str = "") -> bytes:
+    """One hint as an upstream writes it, 435 bytes and `padding`; its id follows from `number`."""
     identity = f"{number:032x}"
     prospect = f"{identity[:8]}-{identity[8:12]}-4{identity[13:16]}-8{identity[17:20]}-{identity[20:]}"
     return (

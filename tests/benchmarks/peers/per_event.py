@@ -11,6 +11,7 @@ Settings from the environment: DATABASE_URL, KAFKA_BOOTSTRAP_SERVERS, INPUT_TOPI
 
 import asyncio
 import os
+import signal
 from datetime import UTC, datetime
 from typing import Any, Literal
 from uuid import UUID, uuid4
@@ -83,7 +84,9 @@ def stats_updated(data: dict[str, Any], cause: Event) -> bytes:
 
 
 async def main() -> None:
-    """Consume until killed."""
+    """Consume until SIGTERM; the event that is under way is finished."""
+    stopping = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     servers = os.environ["KAFKA_BOOTSTRAP_SERVERS"]
     output = os.environ["OUTPUT_TOPIC"]
     db = await asyncpg.connect(os.environ["DATABASE_URL"])
@@ -105,6 +108,8 @@ async def main() -> None:
                 key = str(event.data.campaign_id).encode()
                 await producer.send_and_wait(output, stats_updated(data, event), key=key)
             await consumer.commit({TopicPartition(record.topic, record.partition): record.offset + 1})
+            if stopping.is_set():
+                break
     finally:
         await consumer.stop()
         await producer.stop()
