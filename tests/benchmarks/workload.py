@@ -22,6 +22,7 @@ from consumer import broker, migrations
 from schemas import events
 from schemas.topics import Topics
 
+WINDOW: Final = 500  # contacts that the guard looks at
 PARTITIONS: Final = 6
 BATCH_RECORDS: Final = 100  # as upstreams are told to write; record by record costs every reader 1.45x (measured)
 PROSPECTS: Final = (240, 360)  # per campaign, uniform: about 300
@@ -98,12 +99,16 @@ class Truth:
         return [campaign for campaign, counts in self.counts.items() if self.stored[campaign] != stats_of(counts)]
 
     def overlooked(self) -> list[UUID]:
-        """Active email campaigns that the bounce guard should have paused. Windows hold all contacts here (<= 360)."""
+        """Active email campaigns that the bounce guard should have paused, of those whose window holds all contacts."""
         found = []
         for campaign in self.email:
             counts = self.counts[campaign]
             sent = sum(counts.get(status, 0) for status in CONTACTED)
-            if self.status[campaign] == "active" and sent >= 100 and counts.get("bounced", 0) * 10_000 >= 500 * sent:
+            if (
+                self.status[campaign] == "active"
+                and 100 <= sent <= WINDOW
+                and counts.get("bounced", 0) * 10_000 >= 500 * sent
+            ):
                 found.append(campaign)
         return found
 
@@ -224,8 +229,9 @@ async def sessions(url: str) -> list[int]:
 async def prove(url: str, before: Truth, news: News, hinted: Collection[UUID]) -> list[str]:
     """What is wrong after a run of the service; empty when its figures may count.
 
-    Campaigns that nobody hinted at are none of its business here: their prospects moved all the same. `before`: the template, in which everything had been published (to another topic): a campaign without an event on
-    this topic must be as it was then.
+    Campaigns that nobody hinted at are none of its business here: their prospects moved all the same. `before`: the
+    template, in which everything had been published (to another topic): a campaign without an event on this topic must
+    be as it was then.
     """
     after = await read_truth(url)
     async with connected(url) as db:
