@@ -16,6 +16,7 @@ mpl.use("svg")
 mpl.rcParams.update({"svg.hashsalt": "campaign-stats", "font.size": 8, "svg.fonttype": "none"})
 
 import matplotlib.pyplot as plt  # noqa: E402  # after the backend was chosen
+from matplotlib.ticker import NullFormatter  # noqa: E402
 
 HERE = Path(__file__).parent
 ROWS = (
@@ -50,6 +51,7 @@ def _draw(plot: Any, runs: Sequence[Mapping[str, Any]], cost: Any) -> None:
         [x for x, found in points for _ in found], [y for _, found in points for y in found], ".", color="#1f6feb"
     )
     plot.set_xscale("log")
+    plot.xaxis.set_minor_formatter(NullFormatter())
     plot.set_ylim(bottom=0)
     plot.grid(visible=True, alpha=0.3)
 
