@@ -204,6 +204,8 @@ class _PlainHint(msgspec.Struct, forbid_unknown_fields=True, gc=False):
         )
 
 
+PLAIN_BYTES: Final = 1_000  # of a plain hint; usual ones have less than half
+
 _parse_plain: Final = msgspec.json.Decoder(_PlainHint).decode
 
 Model = TypeVar("Model", bound=events.Read)
@@ -241,7 +243,10 @@ class _Parsed:
 
 
 class Hints:
-    """Dirty campaigns, each with the ids of its last hint."""
+    """Dirty campaigns, each with the ids of its last hint.
+
+    A plain hint is kept whole until it is settled, so it must be short.
+    """
 
     def __init__(self) -> None:
         self._plain: dict[str, _PlainHint] = {}  # by id as text, which is hashed faster; a Cause is made of the last
@@ -261,7 +266,7 @@ class Hints:
         for record in records:
             value = record.value
             # JSON without a backslash holds neither U+0000 nor a lone surrogate.
-            if value is not None and not record.headers and b"\\" not in value:
+            if value is not None and len(value) <= PLAIN_BYTES and not record.headers and b"\\" not in value:
                 try:
                     hint = _parse_plain(value)
                 except (msgspec.DecodeError, UnicodeDecodeError):

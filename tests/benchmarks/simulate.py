@@ -20,7 +20,7 @@ from tests.benchmarks.latency import PER_SECOND
 from tests.servers import REPOSITORY
 
 RESULTS: Final = REPOSITORY / "build" / "bench.json"
-GENERATION_AT_MOST: Final = 200_000  # campaigns (consumer.pipeline.COLLECT_AT_MOST)
+GENERATION_AT_MOST: Final = 100_000  # campaigns (consumer.pipeline.COLLECT_AT_MOST)
 POOL: Final = 6  # connections of one process at most (consumer.database.POOL_SIZE)
 SPARE: Final = 1.5
 FRESH_S: Final = 1.0  # a generation: what comes in at its beginning waits for it and for the next one

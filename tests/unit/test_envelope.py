@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer.envelope import (
+    PLAIN_BYTES,
     Cause,
     DeadLetter,
     Decoded,
@@ -531,6 +532,13 @@ def test_the_hot_path_says_what_the_careful_path_says(records: list[Bytes]) -> N
 @pytest.mark.parametrize("more", [{}, {"time": "x", "subject": "y", "correlationid": "z", "traceparent": TRACE}])
 def test_a_plain_hint_takes_the_hot_path(more: dict[str, object]) -> None:
     assert Hints().collect([structured(hint(**more))]) == (1, [])
+
+
+def test_a_long_hint_is_not_kept_whole() -> None:
+    record = structured(hint(source="/" + "s" * PLAIN_BYTES))
+    hints = Hints()
+    plain, [(_, told)] = hints.collect([record])
+    assert (plain, hints.settled()) == (0, {told.campaign_id: told.cause} if isinstance(told, StatusHint) else None)
 
 
 CANARY = "qzxjkvwpy"  # occurs in no message of ours
