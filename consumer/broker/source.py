@@ -34,7 +34,7 @@ from consumer.generation import Partition, Passed
 LEAVE_DEADLINE_S: Final = 5.0  # a join under way must end first, else the group waits for us until the session ends
 REJOIN_S: Final = 4.0  # from the end of its revocation until a member has joined again
 LOOK_UP_DEADLINE_S: Final = 3.0  # of gauges: how soon a silent broker is noticed
-FETCH_BYTES: Final = 8 * 2**20  # of all partitions together: with 1 MB of each, memory would grow with their number
+FETCH_BYTES: Final = 8 * 2**20  # of all partitions of one broker: with 1 MB of each, memory grows with their number
 POSITION_DEADLINE_S: Final = 0.1  # known at once, unless a broker is asked where the partition begins
 
 log = structlog.get_logger(__name__)

@@ -348,6 +348,13 @@ async def _build_index(connection: Connection, migration: Migration) -> None:
         if parent is not None:
             attach = f"ALTER INDEX {whole[parent]} ATTACH PARTITION {table['schema']}.{name}"
             await _in_transaction(connection, migration.name, attach)
+    valid = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass($1)"
+    if not await connection.fetchval(valid, f"public.{build['index']}"):
+        raise Unavailable(
+            "database",
+            f"{build['table']} got a partition while {migration.name} built its index: run `migrate` again (what was"
+            " built stays)",
+        )
 
 
 async def _for_partitions(connection: Connection, sql: str) -> str:

@@ -3,7 +3,7 @@
 WITH page AS (
     SELECT c.id, c.name, c.type, c.status, c.last_synced_at, c.stats
       FROM public.campaigns c
-     WHERE $1::uuid IS NULL OR c.id > $1::uuid
+     WHERE c.id >= coalesce($1::uuid, '00000000-0000-0000-0000-000000000000') AND c.id IS DISTINCT FROM $1::uuid
      ORDER BY c.id LIMIT $2
 )
 SELECT p.id, p.name, p.type, p.status, p.last_synced_at, p.stats::text AS stored, t.stats AS truth,

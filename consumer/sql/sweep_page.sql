@@ -1,9 +1,10 @@
 -- Compare the $2 campaigns after $1 uuid (null = from the start) with their rows, without locks: one row per campaign, in
 -- id order. `drift`: truth minus stored; `differs`: from the truth or from what was published; `waiting`: deferred already.
+-- The page begins in the index where it begins: with OR, a kept plan reads all that is before it.
 WITH page AS (
     SELECT c.id, c.user_id, c.type, c.status, c.stats, c.last_synced_at
       FROM public.campaigns c
-     WHERE $1::uuid IS NULL OR c.id > $1::uuid
+     WHERE c.id >= coalesce($1::uuid, '00000000-0000-0000-0000-000000000000') AND c.id IS DISTINCT FROM $1::uuid
      ORDER BY c.id LIMIT $2
 ), compared AS (
     SELECT p.*, t.counts,

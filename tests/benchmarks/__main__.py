@@ -173,17 +173,19 @@ async def _measure(stage: Stage, chosen: Mapping[str, Measure], mode: str, disk_
     console.print(table(reports))
     for failure in failures:
         console.print(f"FAILED: {failure}", soft_wrap=True)
-    _write({"conditions": conditions, "measures": {report.measure: report.document() for report in reports}}, mode)
-    console.print(f"{time.monotonic() - begun:.0f} s; written to {_results(mode).relative_to(REPOSITORY)}")
+    results = _results(mode, is_part=bool(os.environ.get("ONLY")))
+    _write({"conditions": conditions, "measures": {report.measure: report.document() for report in reports}}, results)
+    console.print(f"{time.monotonic() - begun:.0f} s; written to {results.relative_to(REPOSITORY)}")
     return 1 if failures else 0
 
 
-def _results(mode: str) -> Path:
-    return REPOSITORY / "build" / ("bench-long.json" if mode == "LONG" else "bench.json")
+def _results(mode: str, *, is_part: bool) -> Path:
+    """A part, or a quick one, never takes the place of the whole."""
+    whole = {"LONG": "bench-long", "QUICK": "bench-quick"}.get(mode, "bench")
+    return REPOSITORY / "build" / f"{whole}{'-part' if is_part else ''}.json"
 
 
-def _write(document: Mapping[str, Any], mode: str) -> None:
-    results = _results(mode)
+def _write(document: Mapping[str, Any], results: Path) -> None:
     results.parent.mkdir(exist_ok=True)
     results.write_text(json.dumps(document, indent=2) + "\n")
 

@@ -45,5 +45,9 @@ async def measure(stage: Stage) -> Report:
 
 
 def _host_cpu(runs: list[Run], name: str) -> Figure:
-    spent = [(run.cpu_s + run.postgres_s + run.kafka_s) / run.events * 1e6 for run in runs if run.contestant == name]
+    spent = [
+        (run.cpu_s + run.postgres_s + run.kafka_s) / run.events * 1e6
+        for run in runs
+        if run.counts and run.contestant == name
+    ]
     return Figure(f"{name}: CPU us/hint, whole host", spent, ",.1f")

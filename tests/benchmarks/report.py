@@ -73,6 +73,7 @@ class Report:
         found = [f"{self.measure}: INVALID, does not count: {problem}" for problem in self.problems]
         for figure in self.figures:
             if figure.limit is None:
+                found += [] if figure.values else [f"{figure.name}: no run counts"]
                 continue
             if len(figure.values) < self.rounds:
                 found.append(f"{figure.name}: only {len(figure.values)} of {self.rounds} rounds count")

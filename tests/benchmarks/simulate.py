@@ -1,6 +1,7 @@
 """What the service does at 10, 100 and 1 000 times the load: a simulation fed with what `make bench` measured.
 
-`python -m tests.benchmarks.simulate` reads build/bench.json and prints constants and table of deploy/scaling.md.
+`python -m tests.benchmarks.simulate [FILE]` reads build/bench.json and prints constants and table of
+deploy/scaling.md.
 
 One process collects while it flushes: what arrives during one flush makes up the next generation. Hints are Zipf 1.0
 over its campaigns, so a generation of n hints has `distinct(n, campaigns)` of them; each costs one recount, whatever n
@@ -76,7 +77,11 @@ def main() -> int:
     try:
         constants = read(json.loads(source.read_text()))
     except (OSError, KeyError) as error:
-        print(f"simulate: {source} lacks {error}: run `make bench ONLY=drain,reading,latency` first", file=sys.stderr)
+        print(
+            f"simulate: {source} lacks {error}: run `make bench` first, or `make bench ONLY=drain,reading,latency` and"
+            " name build/bench-part.json",
+            file=sys.stderr,
+        )
         return 2
     print(constants)
     print("| scale | hints/s | campaigns | processes | partitions | busy | generation s | recounts/s | database cores |"

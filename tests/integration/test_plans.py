@@ -471,3 +471,30 @@ async def test_control_a_queue_whose_pages_were_given_back_is_read_whole_for_eac
         is_read_whole = bool(plans["relay_lock"].strays("outbox", PENDING))
         assert is_read_whole == ("true" in option)
         assert (sum(scan.rows for scan in plans["relay_lock"].of("outbox")) >= 3_000) == is_read_whole
+
+
+LATE: Final = 500  # campaigns from the end
+
+
+async def late_page(db: asyncpg.Connection, query: str) -> tuple[Plan, int]:
+    """The plan of a page near the end, and how many campaigns it found."""
+    start = await db.fetchval("SELECT id FROM campaigns ORDER BY id DESC OFFSET $1 LIMIT 1", LATE)
+    plan = await explain(db, query, f"'{start}', 100")
+    return plan, int(plan.top["Actual Rows"])
+
+
+@pytest.mark.parametrize("name", ["sweep_page", "drift_page"])
+async def test_a_page_begins_in_the_index_where_it_begins(db: asyncpg.Connection, name: str) -> None:
+    plan, found = await late_page(db, statement(name))
+    assert found == 100
+    assert plan.strays("campaigns", "campaigns_pkey") == []
+    assert plan.blocks <= recount_allowed(100, 100 * PROSPECTS)
+    first = await explain(db, statement(name), "NULL, 100")
+    assert int(first.top["Actual Rows"]) == 100
+
+
+async def test_control_a_page_that_begins_with_or_reads_all_that_is_before_it(db: asyncpg.Connection) -> None:
+    page = "SELECT id FROM campaigns WHERE $1::uuid IS NULL OR id > $1::uuid ORDER BY id LIMIT $2::bigint"
+    plan, found = await late_page(db, page)
+    assert found == 100
+    assert plan.blocks > recount_allowed(100, 100 * PROSPECTS)

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from consumer import health as health_module
+from consumer import relay as relay_module
 from consumer.errors import Unavailable
 from consumer.health import Health
 from consumer.metrics import Metrics
@@ -386,3 +387,22 @@ async def test_it_runs_until_the_outbox_is_empty_through_outages_and_ends_when_t
     relay.wake()
     await running
     assert health.degraded == []
+
+
+async def test_what_came_while_its_shard_was_in_our_hands_goes_out_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another replica committed it, was told that the shard is taken, and sleeps."""
+    monkeypatch.setattr(relay_module, "POLL_S", 60.0)
+    outbox, ids = outbox_of([0, 1])
+    late = outbox.rows.pop(2)
+    relay, _, health = relay_of(outbox, Broker(ids))
+    running = asyncio.create_task(relay.run())
+    async with asyncio.timeout(5):
+        while outbox.rows:
+            await asyncio.sleep(0)
+        outbox.rows[2] = late
+        while outbox.rows:
+            await asyncio.sleep(0.001)
+    assert outbox.deleted == [1, 2]
+    health.stopping = True
+    relay.wake()
+    await running
