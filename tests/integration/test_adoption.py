@@ -192,9 +192,8 @@ async def test_a_statement_timeout_of_the_database_does_not_end_an_index_build(
     [
         ("ALTER TABLE campaign_prospects DROP COLUMN campaign_id, ADD COLUMN campaign_id bigint", "bigint = uuid"),
         (
-            "ALTER TABLE campaign_prospects RENAME TO old;"
-            " CREATE TABLE campaign_prospects (LIKE old) PARTITION BY HASH (campaign_id)",
-            "partitioned table",
+            "ALTER TABLE campaign_prospects RENAME TO old; CREATE VIEW campaign_prospects AS SELECT * FROM old",
+            "is a view",
         ),
     ],
 )

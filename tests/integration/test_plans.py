@@ -494,7 +494,7 @@ async def test_a_page_begins_in_the_index_where_it_begins(db: asyncpg.Connection
 
 
 async def test_control_a_page_that_begins_with_or_reads_all_that_is_before_it(db: asyncpg.Connection) -> None:
-    page = "SELECT id FROM campaigns WHERE $1::uuid IS NULL OR id > $1::uuid ORDER BY id LIMIT $2::bigint"
+    page = "SELECT * FROM campaigns WHERE $1::uuid IS NULL OR id > $1::uuid ORDER BY id LIMIT $2::bigint"
     plan, found = await late_page(db, page)
     assert found == 100
     assert plan.blocks > recount_allowed(100, 100 * PROSPECTS)
