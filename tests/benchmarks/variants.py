@@ -38,7 +38,7 @@ def _asleep(relay: object) -> None:
 VARIANTS: Final[Mapping[str, Variant]] = {
     "polling": Variant(
         "The relay is never woken after a commit, it looks every 100 ms.",
-        {"consumer.relay:Relay.wake": _asleep, "consumer.relay:POLL_S": 0.1},
+        {"consumer.relay:Relay.wake": _asleep, "consumer.relay:POLL_S": 0.1, "consumer.relay:SOON_S": 0.1},
     ),
     "never-huge": Variant(
         "No campaign is too large for a chunk; goes with a database whose function thinks so too.",
