@@ -1,0 +1,74 @@
+"""Every validator of deploy/, one line each: `ok`, or what is wrong with file, line or setting, and the fix.
+
+deploy/check [NAME ...] [--quick] [--list]
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from deploy.tools.programs import MissingProgram
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """`problems` returns what is wrong, a sentence each with place and fix; empty when all is well.
+
+    `is_quick`: needs no program that is not in .venv, so `make test` runs it too.
+    """
+
+    name: str
+    what: str
+    problems: Callable[[], Sequence[str]]
+    is_quick: bool = False
+
+
+CHECKS: Final[tuple[Check, ...]] = ()
+
+
+def problems_of(check: Check) -> Sequence[str]:
+    """What is wrong; a program that is missing, or a validator that fails itself, is a problem too."""
+    try:
+        return check.problems()
+    except MissingProgram as missing:
+        return [str(missing)]
+    except Exception as error:
+        return [f"the check itself failed: {type(error).__name__}: {error}"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when everything is ok, 1 when something is wrong, 2 for a name that no check has."""
+    parser = argparse.ArgumentParser(prog="deploy/check", description="Check the files in deploy/, a line each.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these")
+    parser.add_argument("--quick", action="store_true", help="only those that need nothing installed")
+    parser.add_argument("--list", action="store_true", help="say what there is")
+    asked = parser.parse_args(arguments)
+    if unknown := set(asked.names) - {check.name for check in CHECKS}:
+        print(f"no check is called {', '.join(sorted(unknown))}; deploy/check --list says what there is")
+        return 2
+    chosen = [
+        check
+        for check in CHECKS
+        if (not asked.names or check.name in asked.names) and (check.is_quick or not asked.quick)
+    ]
+    if asked.list:
+        for check in chosen:
+            print(f"{check.name:<14} {check.what}")
+        return 0
+    wrong = 0
+    for check in chosen:
+        begun = time.monotonic()
+        problems = problems_of(check)
+        wrong += bool(problems)
+        print(f"{'WRONG' if problems else 'ok':<6}{check.name:<14} {check.what} ({time.monotonic() - begun:.1f} s)")
+        for problem in problems:
+            print(f"      {problem}")
+        sys.stdout.flush()
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
