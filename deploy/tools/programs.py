@@ -38,7 +38,10 @@ def debian(program: str, package: str) -> str:
 
 @cache
 def pypi(program: str) -> str:
-    """The path of a program from requirements.lock, which is installed into .cache/deploy-tools. Raises MissingProgram."""
+    """The path of a program from requirements.lock, which is installed into .cache/deploy-tools.
+
+    Raises MissingProgram.
+    """
     ready = TOOLS / ".ready"
     if not ready.exists() or ready.stat().st_mtime < LOCK.stat().st_mtime:
         for command in (
