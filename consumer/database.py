@@ -91,6 +91,17 @@ class Pending:
 
 
 @dataclass(frozen=True, slots=True)
+class Pause:
+    """A campaign that the guard paused, and the window that led to it."""
+
+    campaign_id: UUID
+    paused_at: datetime
+    sent: int
+    bounced: int
+    threshold_bp: int
+
+
+@dataclass(frozen=True, slots=True)
 class Compared:
     """A campaign as the sweep sees it, unlocked."""
 
@@ -305,6 +316,11 @@ class Database:
         """What waits in our tables."""
         async with self.connection() as connection, asyncio.timeout(ANSWER_DEADLINE_S):
             return Backlog(**dict(await _one(connection, statement("backlog"))))
+
+    async def last_pauses(self, count: int) -> list[Pause]:
+        """The latest pauses of the guard, the newest first."""
+        async with self.connection() as connection, asyncio.timeout(ANSWER_DEADLINE_S):
+            return [Pause(*row.values()) for row in await connection.fetch(statement("last_pauses"), count)]
 
     async def next_due_s(self) -> float | None:
         """Seconds until a deferred row is due, negative when one waits already, None when there is none."""
