@@ -33,6 +33,7 @@ from tests.benchmarks.stage import (
     others_s,
     rates,
     reported,
+    stopped,
 )
 
 MEMORY_LIMIT_MB: Final = 400.0
@@ -42,6 +43,7 @@ PEER_SECONDS: Final = 60.0
 PEER_END_S: Final = 60.0  # to flush and commit what it counted
 SERVICE: Final = "service"
 ON_BOTH_CORES: Final = "service, two processes"
+HINTS_READ: Final = 'campaign_stats_records_total{kind="status_hint"}'
 COUNTED: Final = re.compile(rb"^counted (\d+)$", re.MULTILINE)
 
 
@@ -162,12 +164,7 @@ async def service_run(stage: Stage, common: Round, name: str, *, processes: int 
             )
             told = [await service.metrics() for service in services]
             problems += _disagreements(told, len(common.draws))
-            for service in services:
-                if service.process is not None:
-                    service.process.terminate()
-            for service in services:
-                if (code := await service.ended()) != 0:
-                    problems.append(f"the service ended with {code}: {service.last_lines(3)}")
+            problems += await stopped(services)
         finally:
             for service in services:
                 service.stop()
@@ -193,7 +190,7 @@ async def service_run(stage: Stage, common: Round, name: str, *, processes: int 
 
 def _disagreements(told: Sequence[Mapping[str, float]], records: int) -> list[str]:
     """Where the service's own metrics tell another story than the broker."""
-    read = sum(series['campaign_stats_records_total{kind="status_hint"}'] for series in told)
+    read = sum(series[HINTS_READ] for series in told)
     return [f"/metrics says {read:g} hints"] if read < records else []
 
 

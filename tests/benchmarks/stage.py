@@ -348,6 +348,18 @@ class Contestant(Server):
         return None
 
 
+async def stopped(contestants: Sequence[Contestant]) -> list[str]:
+    """Ask them to end, all at once; what is wrong with how they did, nothing where every exit code is 0."""
+    for contestant in contestants:
+        if contestant.process is not None:
+            contestant.process.terminate()
+    return [
+        f"{contestant.name} ended with {code}: {contestant.last_lines(3)}"
+        for contestant in contestants
+        if (code := await contestant.ended()) != 0
+    ]
+
+
 class Group:
     """A consumer group, seen through the broker: it costs the contestant nothing to be looked at."""
 
