@@ -102,7 +102,8 @@ def rates(runs: Sequence[Run], contestant: str) -> dict[int, float]:
 def reported(measure: str, runs: Sequence[Run], rounds: int = ENOUGH) -> Report:
     """A report that tells of these runs and has no figures yet."""
     problems = [f"{run.contestant} in round {run.round}: {why}" for run in runs for why in run.problems]
-    return Report(measure, [], problems, [{**asdict(run), "rate": run.rate} for run in runs], rounds)
+    told: list[Mapping[str, Any]] = [{**asdict(run), "rate": run.rate, "counts": run.counts} for run in runs]
+    return Report(measure, [], problems, told, rounds)
 
 
 @dataclass(frozen=True, slots=True)
