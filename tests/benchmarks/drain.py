@@ -131,6 +131,8 @@ async def _round(stage: Stage, number: int, peers: Sequence[Peer]) -> list[Run]:
         order.reverse()
     runs = []
     async with stage.round(number, seed=number) as common:
+        if number == 1:
+            await _warm_up(stage, common)
         for place, peer in enumerate(order):
             if isinstance(peer, str):
                 attempt: Callable[[str], Awaitable[Run]] = partial(
@@ -140,6 +142,15 @@ async def _round(stage: Stage, number: int, peers: Sequence[Peer]) -> list[Run]:
                 attempt = partial(_counting_run if peer.counts_only else _recounting_run, stage, common, peer)
             runs.append(await stage.undisturbed(f"r{number}-{place}", attempt))
     return runs
+
+
+async def _warm_up(stage: Stage, common: Round) -> None:
+    """Both ways of using the broker once, for nothing: its JVM compiles meanwhile, and nobody meets it cold."""
+    for run in (
+        await service_run(stage, common, "warm-up-service"),
+        await _recounting_run(stage, common, PER_EVENT, "warm-up-peer"),
+    ):
+        stage.say(f"  warm-up, does not count: {run.contestant} = {run.rate:,.0f}/s")
 
 
 async def service_run(stage: Stage, common: Round, name: str, *, processes: int = 1, contestant: str = SERVICE) -> Run:
