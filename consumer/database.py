@@ -544,11 +544,7 @@ class Transaction:
 
     async def sweep_next(self, after: UUID | None) -> UUID | None:
         """The next campaign in id order, uncompared."""
-        found: UUID | None = await self._connection.fetchval(
-            "SELECT id FROM public.campaigns WHERE id >= coalesce($1::uuid, '00000000-0000-0000-0000-000000000000')"
-            " AND id IS DISTINCT FROM $1::uuid ORDER BY id LIMIT 1",
-            after,
-        )
+        found: UUID | None = await self._connection.fetchval(statement("sweep_next"), after)
         return found
 
     async def sweep_advance(self, after: UUID | None, interval_s: float) -> None:
