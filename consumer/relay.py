@@ -11,6 +11,7 @@ from uuid import UUID
 
 import structlog
 
+from consumer import tracing
 from consumer.errors import Unavailable
 from consumer.health import Health, backoff_s
 from consumer.metrics import FACTS, Metrics
@@ -190,7 +191,8 @@ class Relay:
 
     async def _send(self, rows: Sequence[Row]) -> Sequence[Sent]:
         try:
-            return await self._publish([(row.type, row.campaign_id, row.event) for row in rows])
+            with tracing.publishing([row.event for row in rows]):
+                return await self._publish([(row.type, row.campaign_id, row.event) for row in rows])
         except Unavailable as error:
             raise Unavailable("relay", error.detail) from error
 
