@@ -202,7 +202,8 @@ class Relay:
             if row.id in published:
                 self._metrics.published.labels(row.type).inc()
                 if row.since is not None and row.fact in FACTS:
-                    self._metrics.delay.labels(row.fact).observe(max(0.0, now - row.since.timestamp()))
+                    waited_s = max(0.0, now - row.since.timestamp())
+                    self._metrics.delay.labels(row.fact).observe(waited_s, tracing.exemplar(row.event))
         for row_id, why in refused.items():
             self._metrics.set_aside.inc()
             log.error("event set aside", outbox_id=row_id, why=why)

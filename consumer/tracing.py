@@ -42,6 +42,12 @@ def publishing(events: Sequence[bytes]) -> Iterator[None]:
         yield
 
 
+def exemplar(event: bytes) -> dict[str, str] | None:
+    """The label that leads from a measurement to the trace of `event`; None without an SDK or a sampled trace."""
+    contexts = _sampled(_inside([event])) if _is_on() else []
+    return {"trace_id": f"{contexts[0].trace_id:032x}"} if contexts else None
+
+
 def _is_on() -> bool:
     return not isinstance(trace.get_tracer_provider(), NO_SDK)
 

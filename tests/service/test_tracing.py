@@ -1,9 +1,11 @@
 """A trace goes through the service: hint, recount, outbox, published event."""
 
+import asyncio
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import asyncpg
 import pytest
@@ -38,6 +40,17 @@ async def test_one_trace_leads_from_the_hint_to_the_published_event(
     cause = hint(campaign, traceparent=f"00-{TRACE}-{SENDER}-01")
     await bus.publish(bus.topics.of(events.STATUS_CHANGED), cause, key=str(campaign))
     [event] = await eventually(lambda: bus.events(bus.topics.of(events.STATS_UPDATED)), service=one)
+
+    def scraped() -> str:
+        asked = Request(one.url + "/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+        with urlopen(asked, timeout=5) as answer:
+            text: str = answer.read().decode()
+            return text
+
+    measured = [
+        line for line in (await asyncio.to_thread(scraped)).splitlines() if "event_delay_seconds_bucket" in line
+    ]
+    assert [line for line in measured if f'trace_id="{TRACE}"' in line], "from the number to the trace"
     spans = await spans_of(one, spans_file)
     assert [span["name"] for span in spans] == ["recount", "publish"]
     recount, publish = spans

@@ -256,7 +256,9 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
-async def test_every_command_of_runbook_and_operations_does_what_it_says(loaded: Loaded, environment: dict[str, str]) -> None:
+async def test_every_command_of_runbook_and_operations_does_what_it_says(
+    loaded: Loaded, environment: dict[str, str]
+) -> None:
     assert len(commands()) > 30
     assert {section for section, _ in commands()} >= {alert.section for alert in ALERTS}
     variables = {
