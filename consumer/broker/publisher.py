@@ -177,10 +177,10 @@ class Publisher:
 
     def _failed(self, error: BaseException, topic: str) -> Sent:
         if isinstance(error, TopicAuthorizationFailedError):
-            return Sent(f"topic {topic} may not be written to", closed=True)
+            return _forbidden(topic)
         producer = self._producer
         if producer is not None and not producer.client.cluster.partitions_for_topic(topic):
-            return _missing(topic)  # gone while we were sending
+            return _absent(producer, topic)  # gone while we were sending
         return LATE if isinstance(error, TimeoutError) else Sent(type(error).__name__)
 
     async def check(self, topics: Sequence[str], *, patience_s: float = 0) -> list[str]:
@@ -253,7 +253,7 @@ class Publisher:
                 number = among[_hash(row.key or b"") % len(among)]
                 queues.setdefault((row.topic, number), []).append(place)
             elif among is not None:
-                results[place] = _missing(row.topic)
+                results[place] = _absent(producer, row.topic)
         return queues
 
     async def _send_batches(
@@ -327,8 +327,15 @@ def _hash(key: bytes) -> int:
     return number
 
 
-def _missing(topic: str) -> Sent:
+def _absent(producer: Any, topic: str) -> Sent:
+    """Brokers hide what we may not write to, but say so when asked for it by name."""
+    if topic in producer.client.cluster.unauthorized_topics:
+        return _forbidden(topic)
     return Sent(f"topic {topic} is not to be had", closed=True)
+
+
+def _forbidden(topic: str) -> Sent:
+    return Sent(f"the user may not Write topic {topic}", closed=True)
 
 
 def _size(row: Outgoing) -> int:

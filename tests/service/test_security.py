@@ -8,7 +8,6 @@ import base64
 import hashlib
 import json
 import os
-import pwd
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,20 +19,12 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-import trustme
 from aiohttp import web
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    KeySerializationEncryption,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
 
 from consumer import migrations
-from consumer.demo.servers import Postgres, free_port, machine_binaries, unprivileged_account
+from consumer.demo.servers import Postgres, free_port
 from tests.conftest import NO_FSYNC, Bus, RunningService, StartService, command, eventually
+from tests.secured import LOGIN, Files, certificates, postgres_with_tls, with_store
 from tests.servers import ApacheKafka
 from tests.world import REFERENCE, USER, add_campaign, hint
 
@@ -48,70 +39,21 @@ SECRETS = (KAFKA_PASSWORD, DATABASE_PASSWORD, CLIENT_SECRET, API_TOKEN, API_DIGE
 QUIET = ("debug", "info")
 
 LISTENERS = {"SCRAM": "SASL_SSL", "CERTIFIED": "SSL", "TOKENS": "SASL_SSL"}
-LOGIN = "org.apache.kafka.common.security"
 UNSECURED = f"{LOGIN}.oauthbearer.internals.unsecured.OAuthBearerUnsecuredValidatorCallbackHandler"
-
-
-@dataclass(frozen=True)
-class Files:
-    """Certificates in PEM files. `other_ca` signed nothing that is used here."""
-
-    ca: Path
-    other_ca: Path
-    server: Path
-    certificate: Path
-    key: Path
-    encrypted_key: Path
-    server_key: Path
-    foreign_certificate: Path
-    foreign_key: Path
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """A server that is `localhost` by name only, a client `service`, and a client of an authority nobody trusts."""
-    folder = tmp_path_factory.mktemp("certificates")
-    authority, other = trustme.CA(), trustme.CA()
-    server = authority.issue_cert("localhost")
-    client = authority.issue_cert("service", common_name="service")
-    foreign = other.issue_cert("service", common_name="service")
-
-    def write(name: str, *blobs: bytes) -> Path:
-        path = folder / name
-        path.write_bytes(b"".join(blobs))
-        return path
-
-    def key(cert: trustme.LeafCert, encryption: KeySerializationEncryption | None = None) -> bytes:
-        loaded = load_pem_private_key(cert.private_key_pem.bytes(), None)
-        return loaded.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption())
-
-    def chain(cert: trustme.LeafCert) -> bytes:
-        return b"".join(blob.bytes() for blob in cert.cert_chain_pems)
-
-    return Files(
-        ca=write("ca.pem", authority.cert_pem.bytes()),
-        other_ca=write("other-ca.pem", other.cert_pem.bytes()),
-        server=write("server.pem", chain(server)),
-        server_key=write("server-key.pem", key(server)),
-        certificate=write("client.pem", chain(client)),
-        key=write("client-key.pem", key(client)),
-        encrypted_key=write("client-key-encrypted.pem", key(client, BestAvailableEncryption(b"pass phrase"))),
-        foreign_certificate=write("foreign.pem", chain(foreign)),
-        foreign_key=write("foreign-key.pem", key(foreign)),
-    )
+    """Certificates of the servers and of clients."""
+    return certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture(scope="module")
 def kafka(servers_directory: Path, files: Files) -> Iterator[ApacheKafka]:
     """One broker: the plain listener for the independent client, and the secured ones for ours."""
-    store = files.server.with_name("server-store.pem")
-    store.write_bytes(files.server_key.read_bytes() + files.server.read_bytes())
     scram = f"{LOGIN}.scram.ScramLoginModule required;"
     properties = {
-        "ssl.keystore.type": "PEM",
-        "ssl.keystore.location": str(store),
-        "ssl.truststore.type": "PEM",
-        "ssl.truststore.location": str(files.ca),
+        **with_store(files),
         "listener.name.certified.ssl.client.auth": "required",
         "listener.name.scram.sasl.enabled.mechanisms": "SCRAM-SHA-512,SCRAM-SHA-256,PLAIN",
         "listener.name.scram.scram-sha-512.sasl.jaas.config": scram,
@@ -455,44 +397,17 @@ async def test_a_token_endpoint_that_fails_is_waited_for(
 
 @pytest.fixture(scope="module")
 def tls_postgres(servers_directory: Path, files: Files) -> Iterator[Postgres]:
-    """The machine's own PostgreSQL (the one of the wheel is built without TLS); by TCP only encrypted, with login."""
-    server = Postgres(servers_directory / "pgtls", machine_binaries(), tcp=True)
-    folder = servers_directory / "pgtls-files"
-    folder.mkdir(mode=0o755)
-    rules = folder / "pg_hba.conf"
-    rules.write_text(
-        "local all all trust\n"
-        "hostssl all service 127.0.0.1/32 scram-sha-256\n"
-        "hostssl all certified 127.0.0.1/32 cert map=anybody\n"
-    )
-    (folder / "pg_ident.conf").write_text("anybody service certified\n")
-    for name, source in (("server.pem", files.server), ("server-key.pem", files.server_key), ("ca.pem", files.ca)):
-        (folder / name).write_bytes(source.read_bytes())
-    (folder / "server-key.pem").chmod(0o600)
-    if account := unprivileged_account():
-        os.chown(folder / "server-key.pem", pwd.getpwnam(account).pw_uid, -1)
-    server.options = {
-        **NO_FSYNC,
-        "hba_file": str(rules),
-        "ident_file": str(folder / "pg_ident.conf"),
-        "ssl": "on",
-        "ssl_cert_file": str(folder / "server.pem"),
-        "ssl_key_file": str(folder / "server-key.pem"),
-        "ssl_ca_file": str(folder / "ca.pem"),
-    }
+    """By TCP only encrypted: the role `service` by password, `certified` by certificate."""
 
-    async def make_roles() -> None:
+    async def make_roles(server: Postgres) -> None:
         connection = await asyncpg.connect(host=str(server.directory), port=server.port, user="postgres")
         await connection.execute(f"CREATE ROLE service SUPERUSER LOGIN PASSWORD '{DATABASE_PASSWORD}'")
         await connection.execute("CREATE ROLE certified SUPERUSER LOGIN")
         await connection.close()
 
-    try:
-        server.start()
-        asyncio.run(make_roles())
+    with postgres_with_tls(servers_directory / "pgtls", files) as server:
+        asyncio.run(make_roles(server))
         yield server
-    finally:
-        server.stop()
 
 
 RIGHT = f"service:{DATABASE_PASSWORD}"
