@@ -130,16 +130,23 @@ async def _of_group(admin: Any, group: str) -> int | None:
             return int(operations)
 
 
-def reading_refused(error: BaseException) -> str:
-    """What the client met while it read, in the words of Right where it is a right that is lacking."""
-    names: object = error.args[0] if error.args else ""
-    if isinstance(names, set | frozenset | list | tuple):
-        names = ", ".join(sorted(map(str, names)))
-    if isinstance(error, TopicAuthorizationFailedError) and names:
-        return f"the user may not Read topic {names}"
-    if isinstance(error, GroupAuthorizationFailedError) and names:
-        return f"the user may not Read group {names}"
-    return type(error).__name__
+async def hidden_problems(client: Any, topics: Sequence[str]) -> dict[str, str]:
+    """A sentence for each of the topics that the brokers hide from us: asked for all there are they leave it out, as if
+    it were missing.
+
+    Raises what the client raises.
+    """
+    if not topics:
+        return {}
+    try:
+        answer = await client.send(client.get_random_node(), _AskTopics(topics))
+    except (IncompatibleBrokerVersion, NotImplementedError):
+        return {}
+    return {
+        name: f"Kafka: the user may not see topic {name}: deploy/README.md says which right it takes"
+        for code, name, *_ in answer.topics
+        if code == TopicAuthorizationFailedError.errno
+    }
 
 
 class _TopicsAnswer(Response):  # type: ignore[misc]  # aiokafka has no types, and knows no version that tells rights

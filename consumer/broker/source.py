@@ -26,8 +26,8 @@ from consumer.broker.link import (
     Connection,
     be_impatient,
     close,
+    reading_refused,
 )
-from consumer.broker.rights import reading_refused
 from consumer.envelope import Content
 from consumer.errors import OwnershipLost, Unavailable
 from consumer.generation import Partition, Passed

@@ -8,11 +8,12 @@ owns nothing.
 import asyncio
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 from uuid import UUID, uuid4
@@ -23,15 +24,17 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.protocol.admin import CreateAclsRequest, DeleteAclsRequest
 
 from consumer import broker, migrations
-from consumer.broker import Right
+from consumer.broker import Right, Source
 from consumer.demo.servers import Postgres
 from consumer.doctor.kafka import examine_kafka
+from consumer.errors import Unavailable
 from consumer.service import kafka_connection
 from consumer.settings import read_settings
 from schemas.topics import Topics
-from tests.conftest import Bus, RunningService, StartService, command, eventually
+from tests.conftest import Bus, RunningService, StartService, command, end_services, eventually, start_service
+from tests.documents import rows_under
 from tests.secured import LOGIN, Files, certificates, postgres_with_tls, with_store
-from tests.servers import ApacheKafka, kafka_jars
+from tests.servers import REPOSITORY, ApacheKafka, kafka_jars
 from tests.world import REFERENCE, USER, add_campaign, hint, stats_of, sync_request, truth
 
 pytestmark = [pytest.mark.apache_kafka, pytest.mark.machine_postgres, pytest.mark.xdist_group("rights")]
@@ -162,8 +165,12 @@ class Acls:
 
     def __init__(self, admin: AIOKafkaAdminClient, needed: Sequence[Right], connection: broker.Connection) -> None:
         self._admin = admin
-        self._connection = connection
-        self.needed = {right.name: right for right in needed}
+        self.connection = connection
+        self.needed = {(right.operation, right.name): right for right in needed}
+
+    def of(self, rights: Sequence[Right]) -> "Acls":
+        """The same for these."""
+        return Acls(self._admin, rights, self.connection)
 
     def one(self, number: int) -> Right:
         """In the order of the list."""
@@ -186,7 +193,7 @@ class Acls:
 
     async def _settled(self, without: Sequence[Right]) -> None:
         async def agrees() -> bool:
-            found = await broker.lacking_rights(self._connection, list(self.needed.values()))
+            found = await broker.lacking_rights(self.connection, list(self.needed.values()))
             return set(without) == set(found)
 
         await eventually(agrees, "the broker knows of the change")
@@ -405,6 +412,105 @@ async def test_each_right_that_is_lost_while_it_runs_is_named_and_work_goes_on_w
             )
 
         await eventually(all_done, f"what waited for {right.operation} {right.name} is done", running, timeout_s=40)
+
+
+async def test_a_topic_closed_to_us_is_told_also_when_the_client_has_forgotten_its_partitions(
+    bus: Bus, acls: Acls
+) -> None:
+    """Once a minute it asks which topics there are; then the group goes on without those it may not read."""
+    hints, requests = bus.topics.read
+    source = Source(acls.connection, [hints, requests], acls.one(2).name, fetch_max_wait_ms=20, revocation_s=8)
+
+    async def nothing() -> None:
+        """No work is under way."""
+
+    await source.start(nothing, lambda _: None)
+    try:
+        await source.check_topics()
+        await acls.forbid(acls.one(0))
+        await source._consumer._client.force_metadata_update()
+
+        async def is_silent() -> bool:
+            with suppress(Unavailable):  # until the group has joined anew
+                await source.poll()
+                return {partition.topic for partition in source._consumer.assignment()} == {requests}
+            return False
+
+        await eventually(is_silent, "the client goes on without it and says nothing")
+        with pytest.raises(Unavailable, match=f"the user may not Read topic {hints}"):
+            await source.check_topics()
+        await acls.allow(acls.one(0))
+        await bus.publish(hints, hint(uuid4()))
+        await source.check_topics()  # asks, so the client need not wait for its minute
+
+        async def heard() -> bool:
+            batches, _ = await source.poll()
+            return any(batch.records for batch in batches)
+
+        await eventually(heard, "it is read again")
+    finally:
+        await source.stop(5)
+
+
+OPERATIONS: dict[str, Literal["Read", "Write"]] = {"Read": "Read", "Write": "Write"}
+COMMANDS = dict(rows_under("| command | rights in Kafka |", REPOSITORY / "deploy" / "README.md"))
+
+
+def documented(words: str, topics: Topics, group: str) -> list[Right]:
+    """The rights in a cell of that table, such as `Write a; Read b, group c`."""
+    found: list[Right] = []
+    for part in words.split("; "):
+        operation, _, names = part.partition(" ")
+        assert operation == "Read" or operation == "Write"  # so that mypy knows
+        for name in names.split(", "):
+            if name.startswith("group "):
+                found.append(Right(OPERATIONS[operation], "group", group, "as documented"))
+            else:
+                found.append(Right(OPERATIONS[operation], "topic", topics.prefix + name, "as documented"))
+    return found
+
+
+async def ends(environment: dict[str, str], *arguments: str) -> tuple[int, str]:
+    """Exit code and stderr of a command; 0 for `tail` when it goes on as it should."""
+    try:
+        code, _, error = await command(environment, *arguments, timeout_s=4 if arguments == ("tail",) else 30)
+    except TimeoutError:
+        return 0, ""
+    return code, error
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+async def test_a_command_works_with_exactly_its_documented_rights_and_names_one_that_is_lacking(
+    environment: dict[str, str], bus: Bus, db: asyncpg.Connection, no_rights: Acls, kafka: ApacheKafka, line: str
+) -> None:
+    settings = read_settings()
+    names = Topics(settings.topic_prefix)
+    campaign_id = await add_campaign(db, REFERENCE)
+    for topic in names.read:
+        bad = {"topic": topic, "partition": "0", "offset": "0", "reason": "not_json"}
+        headers = [(f"dead-letter-{name}", value.encode()) for name, value in bad.items()]
+        await bus.publish(names.dead_letters, b"no event", headers=headers)
+    rights = documented(COMMANDS[line], names, settings.group)
+    acls = no_rights.of(rights)
+    await acls.allow(*rights)
+    arguments = line.replace("ID", str(campaign_id)).split()
+    if "redrive" in arguments:
+        arguments.append("--again")  # else the second call finds nothing left to do
+    serving: list[RunningService] = []
+    if "--wait" in arguments:  # who answers comes by the administrator's door
+        kept = {name: value for name, value in environment.items() if not name.startswith("CAMPAIGN_STATS_KAFKA")}
+        serving.append(await start_service({**kept, "KAFKA_BOOTSTRAP_SERVERS": kafka.bootstrap}))
+    try:
+        code, error = await ends(environment, *arguments)
+        assert code == 0, error
+        for right in rights:
+            await acls.forbid(right)
+            code, error = await ends(environment, *arguments)
+            assert code in (1, 2), error
+            assert re.search(rf"the user may not \w+ (any topic|.*{re.escape(right.name)})", error), error
+            await acls.allow(right)
+    finally:
+        await end_services(serving)
 
 
 DATABASE_RIGHTS = [
