@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -225,11 +226,18 @@ def _free_port() -> int:
 def write_sbom() -> str:
     """CycloneDX of what the image installs; the same bytes from the same lock."""
     SBOM.parent.mkdir(exist_ok=True)
-    command(
-        programs.pypi("cyclonedx-py"), "requirements", str(LOCK), "--pyproject", str(ROOT / "pyproject.toml"),
-        "--output-reproducible", "--output-format", "JSON", "--output-file", str(SBOM),
-    )  # fmt: skip
-    components = {one["name"].lower(): one for one in json.loads(SBOM.read_text())["components"]}
+    document = json.loads(
+        command(programs.pypi("cyclonedx-py"), "requirements", str(LOCK), "--output-reproducible", "--of", "JSON")
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    document["metadata"]["component"] = {  # its own --pyproject refuses `license = "MIT"`
+        "type": "application",
+        "bom-ref": project["name"],
+        **{key: project[key] for key in ("name", "version", "description")},
+        "licenses": [{"license": {"id": project["license"]}}],
+    }
+    SBOM.write_text(json.dumps(document, indent=2) + "\n")
+    components = {one["name"].lower(): one for one in document["components"]}
     locked = {line.split("==")[0] for line in LOCK.read_text().splitlines() if "==" in line}
     if missing := locked - components.keys():
         raise Wrong(f"{SBOM.relative_to(ROOT)} lacks {', '.join(sorted(missing))}")
