@@ -8,7 +8,7 @@
 --
 -- They can log in once they have a password (psql: \password campaign_stats_run) or another way in pg_hba.conf.
 -- With row security on those tables the service needs a policy, or: ALTER ROLE campaign_stats_run BYPASSRLS.
--- For the sync-stats door: roles-door.sql besides.
+-- The last two statements are for the sync-stats door; where it stays closed leave them out, `doctor` then warns.
 BEGIN;
 
 DO $$
@@ -64,5 +64,9 @@ DO $$ BEGIN
         REVOKE INSERT, UPDATE, DELETE ON campaign_stats.migrations FROM campaign_stats_run;
     END IF;
 END $$;
+
+-- Door: a campaign's senders (API_RIGHTS), where CAMPAIGN_STATS_API_TOKENS opens it.
+GRANT SELECT (id, type, email_address, display_name, status, daily_limit) ON public.accounts TO campaign_stats_run;
+GRANT SELECT (campaign_id, account_id) ON public.campaign_sender_accounts TO campaign_stats_run;
 
 COMMIT;
