@@ -1,6 +1,6 @@
 # Needs only python3 (3.11 or newer) and make; everything else is fetched into .venv and .cache.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit faults soak schemas docs compat lint format lock clean \
+.PHONY: help demo test test-unit faults soak schemas docs deploy-files check compat lint format lock clean \
 	bench bench-long bench-plots bench-profile bench-adopt
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -31,6 +31,12 @@ soak: $(READY) ## Random faults under load, checked every round (needs Java 17 a
 
 schemas: $(READY) ## Write the contracts' documents (JSON Schema, AsyncAPI, OpenAPI, README, page) from the models
 	@$(BIN)/python -m schemas.tools
+
+deploy-files: $(READY) ## Write what in deploy/ follows from the code: metrics, rules, dashboard
+	@$(BIN)/python -m deploy.tools
+
+check: $(READY) ## Everything in deploy/ held against its validators and the code; a line each
+	@deploy/check $(ARGS)
 
 docs: schemas ## The contracts as one page, schemas/index.html, and its screenshots (needs Chromium)
 	@$(BIN)/python -m schemas.tools.screenshots "$$($(BIN)/python -m tests.witnesses)"

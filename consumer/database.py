@@ -86,6 +86,8 @@ class Pending:
     campaign_id: UUID
     type: str
     event: bytes
+    since: datetime | None
+    fact: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,6 +459,8 @@ class Transaction:
                 for decision in outcome.decisions
             ],
             [_deferral(deferral) for deferral in outcome.deferrals],
+            [row.since for row in outcome.outbox],
+            [row.fact for row in outcome.outbox],
         )
 
     async def take_deferred(self) -> list[Work]:
@@ -484,7 +488,10 @@ class Transaction:
             found = await self._connection.fetch(statement("relay_read"), shards, rows, size)
         else:
             found = await self._connection.fetch(statement("relay_read_types"), shards, rows, size, types)
-        return [Pending(row["id"], row["campaign_id"], row["type"], row["event"]) for row in found]
+        return [
+            Pending(row["id"], row["campaign_id"], row["type"], row["event"], row["since"], row["fact"])
+            for row in found
+        ]
 
     async def has_outbox(self, event_type: str) -> bool:
         """Whether anything of this type is still to be published."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final
 from uuid import UUID
 
@@ -39,8 +39,9 @@ class Seen:
 class Work(msgspec.Struct, frozen=True, gc=False):
     """One campaign to recount, and everybody who wants to know. `hint`: ids of the last status hint.
 
-    The last four fields tell the story of a deferred one: the reason it was deferred for last, how often in a row,
-    when its oldest row was first written, and what the sweep saw.
+    `since`: when the oldest hint or request behind it, or one read with it, was written to Kafka. The other last
+    ones tell the story of a deferred one: the reason it was deferred for last, how often in a row, when its oldest row
+    was first written, and what the sweep saw.
     """
 
     campaign_id: UUID
@@ -51,6 +52,7 @@ class Work(msgspec.Struct, frozen=True, gc=False):
     reason: str | None = None
     tries: int = 0
     first_written: datetime | None = None
+    since: datetime | None = None
 
 
 @dataclass(slots=True)
@@ -58,7 +60,8 @@ class Generation:
     """Filled by the fetch loop, then handed over whole to the flush owner, which alone reads it from then on.
 
     `offsets` are the next offsets to read; they may be committed once everything else in here is done. `held_bytes`:
-    what dead letters and the ids of requests hold in memory.
+    what dead letters and the ids of requests hold in memory. `oldest`: when the first record of a batch was written,
+    epoch seconds of its producer's or broker's clock.
     """
 
     hints: Hints = field(default_factory=Hints)
@@ -68,6 +71,7 @@ class Generation:
     records: int = 0
     asked: int = 0  # requests, the same one twice counted twice
     held_bytes: int = 0
+    oldest: float | None = None
 
     def add_request(self, request: SyncRequest) -> None:
         """A sync request; the same event twice is one request."""
@@ -86,19 +90,24 @@ class Generation:
         self.offsets[partition] = next_offset
         self.records += records
 
+    def written_at(self, moment: float) -> None:
+        """A batch of records begins with one written at this time."""
+        self.oldest = moment if self.oldest is None else min(self.oldest, moment)
+
     def works(self) -> Iterator[Work]:
         """Every dirty campaign once, those with sync requests first."""
-        hints = self.hints.settled()
+        hints, since = self.hints.settled(), _moment(self.oldest)
         for campaign_id, requests in self.requests.items():
             yield Work(
                 campaign_id,
                 Trigger.SYNC_REQUESTED,
                 hint=hints.get(campaign_id),
                 requests=tuple(requests.values()),
+                since=since,
             )
         for campaign_id, cause in hints.items():
             if campaign_id not in self.requests:
-                yield Work(campaign_id, Trigger.STATUS_CHANGED, hint=cause)
+                yield Work(campaign_id, Trigger.STATUS_CHANGED, hint=cause, since=since)
 
     @property
     def campaigns(self) -> int:
@@ -109,3 +118,11 @@ class Generation:
     def __bool__(self) -> bool:
         """Whether there is anything to flush or to commit."""
         return bool(self.offsets)
+
+
+def _moment(seconds: float | None) -> datetime | None:
+    """None also for what no calendar holds: a producer writes whatever time it likes."""
+    try:
+        return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    except (OverflowError, ValueError, OSError):
+        return None

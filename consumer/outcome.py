@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final
+from typing import Final, Literal
 from uuid import UUID, uuid5
 
 import msgspec
@@ -42,6 +42,9 @@ STATUSES: Final = (
     "cancelled",
 )
 KNOWN_STATUSES: Final = frozenset(STATUSES)
+
+
+Fact = Literal["news", "answer", "pause"]
 
 
 class Campaign(msgspec.Struct, frozen=True, gc=False):  # like Recount thousands a second: made in a tenth of the time
@@ -130,11 +133,13 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class OutboxRow:
-    """An event that must be published; `event` are its bytes."""
+    """An event that must be published; `event` are its bytes, `since` when what led to it was written to Kafka."""
 
     campaign_id: UUID
     type: str
     event: bytes
+    fact: Fact | None = None
+    since: datetime | None = None
 
     @property
     def shard(self) -> int:
@@ -245,7 +250,7 @@ def decide(
         else:
             outcome.missing += 1
             for request in work.requests:
-                outcome.tell(_rejected(request, RejectionReason.NOT_FOUND, now))
+                outcome.tell(_rejected(work, request, RejectionReason.NOT_FOUND, now))
     return outcome
 
 
@@ -293,15 +298,15 @@ def _recounted(outcome: Outcome, work: Work, recount: Recount, judgement: Judgem
         version = next_version(recount.version, recount.counted_at)
         data = stats_updated(campaign, recount.counts, version, work.trigger, drift)
         if paused_at is not None and judgement is not None:
-            outcome.tell(_paused(recount, judgement, paused_at, version, work.hint))
+            outcome.tell(_paused(work, recount, judgement, paused_at, version))
         if news:
             outcome.tell(
-                _row(campaign.id, events.STATS_UPDATED, f"stats:{version}", recount.counted_at, data, work.hint)
+                _row(work, "news", events.STATS_UPDATED, f"stats:{version}", recount.counted_at, data, work.hint)
             )
         for request in answered:
-            outcome.tell(_answer(request, events.STATS_UPDATED, recount.counted_at, data))
+            outcome.tell(_answer(work, request, events.STATS_UPDATED, recount.counted_at, data))
     for request in foreign:
-        outcome.tell(_rejected(request, RejectionReason.NOT_FOUND, recount.counted_at))
+        outcome.tell(_rejected(work, request, RejectionReason.NOT_FOUND, recount.counted_at))
 
     if judgement is not None and (paused_at is not None or observed_trip != recount.observed_trip):
         outcome.decisions.append(Decision(campaign.id, version if paused_at is not None else None, judgement))
@@ -363,7 +368,7 @@ def _after_answers(outcome: Outcome, work: Work, owner: UUID | None, failures: i
         return work
     for request in work.requests:
         foreign = owner is not None and request.user_id not in (None, owner)
-        outcome.tell(_rejected(request, RejectionReason.NOT_FOUND if foreign else RejectionReason.FAILED, now))
+        outcome.tell(_rejected(work, request, RejectionReason.NOT_FOUND if foreign else RejectionReason.FAILED, now))
     return _without_requests(work)
 
 
@@ -408,9 +413,7 @@ def stats_updated(
     return data
 
 
-def _paused(
-    recount: Recount, judgement: Judgement, paused_at: datetime, version: int, cause: Cause | None
-) -> OutboxRow:
+def _paused(work: Work, recount: Recount, judgement: Judgement, paused_at: datetime, version: int) -> OutboxRow:
     limits = judgement.resolved.limits
     campaign = recount.campaign
     data: dict[str, object] = {
@@ -429,21 +432,24 @@ def _paused(
         "pending": recount.counts.get("pending", 0),
         "paused_at": envelope.format_time(paused_at),
     }
-    return _row(campaign.id, events.PAUSED, f"paused:{version}", paused_at, data, cause)
+    return _row(work, "pause", events.PAUSED, f"paused:{version}", paused_at, data, work.hint)
 
 
-def _rejected(request: SyncRequest, reason: RejectionReason, now: datetime) -> OutboxRow:
-    return _answer(request, events.SYNC_REJECTED, now, {"campaign_id": str(request.campaign_id), "reason": reason})
+def _rejected(work: Work, request: SyncRequest, reason: RejectionReason, now: datetime) -> OutboxRow:
+    return _answer(
+        work, request, events.SYNC_REJECTED, now, {"campaign_id": str(request.campaign_id), "reason": reason}
+    )
 
 
-def _answer(request: SyncRequest, type_: str, now: datetime, data: Mapping[str, object]) -> OutboxRow:
+def _answer(work: Work, request: SyncRequest, type_: str, now: datetime, data: Mapping[str, object]) -> OutboxRow:
     name = f"answer:{request.source}:{request.cause.id}"
-    return _row(request.campaign_id, type_, name, now, data, request.cause)
+    return _row(work, "answer", type_, name, now, data, request.cause)
 
 
 def _row(
-    campaign_id: UUID, type_: str, name: str, time: datetime, data: Mapping[str, object], cause: Cause | None
+    work: Work, fact: Fact, type_: str, name: str, time: datetime, data: Mapping[str, object], cause: Cause | None
 ) -> OutboxRow:
+    campaign_id = work.campaign_id
     event = envelope.encode(
         type=type_,
         id=str(uuid5(campaign_id, name)),
@@ -452,7 +458,8 @@ def _row(
         data=data,
         cause=cause,
     )
-    return OutboxRow(campaign_id, type_, event)
+    since = None if work.trigger is Trigger.RECONCILIATION else work.since or work.first_written
+    return OutboxRow(campaign_id, type_, event, fact, since)
 
 
 def _microseconds(moment: datetime) -> int:

@@ -106,7 +106,6 @@ class Pipeline:
         self._wake_deferred = wake_deferred
         self._collecting = Generation()
         self._passed: list[Passed] = []
-        self._oldest: float | None = None
         self._full = False
         self._filled = asyncio.Event()
         self._idle = asyncio.Event()
@@ -165,8 +164,7 @@ class Pipeline:
                 case Ignored():
                     kinds["tombstone"] += 1
         if batch.records:
-            sent_at = batch.records[0].timestamp / 1000
-            self._oldest = sent_at if self._oldest is None else min(self._oldest, sent_at)
+            generation.written_at(batch.records[0].timestamp / 1000)
         generation.read_up_to(batch.partition, batch.next_offset, len(batch.records))
         for kind, count in kinds.items():
             if count:
@@ -179,7 +177,6 @@ class Pipeline:
             self._filled.clear()
             generation, self._collecting = self._collecting, Generation()
             passed, self._passed = self._passed, []
-            oldest, self._oldest = self._oldest, None
             if self._full:
                 self._full = False
                 self._source.resume()
@@ -187,14 +184,14 @@ class Pipeline:
                 continue
             self._idle.clear()
             try:
-                await self._flush(generation, passed, oldest, self._epoch)
+                await self._flush(generation, passed, self._epoch)
             except OwnershipLost as lost:
                 self._metrics.commits_refused.inc()
                 log.info("generation dropped, its new owner repeats it", why=str(lost), records=generation.records)
             finally:
                 self._idle.set()
 
-    async def _flush(self, generation: Generation, passed: Sequence[Passed], oldest: float | None, epoch: int) -> None:
+    async def _flush(self, generation: Generation, passed: Sequence[Passed], epoch: int) -> None:
         """Make everything in `generation` true in the database, then commit its offsets."""
         begun = time.monotonic()
         if generation.dead_letters or passed:
@@ -206,8 +203,8 @@ class Pipeline:
             works = [waiting.popleft() for _ in range(min(CHUNK_CAMPAIGNS, len(waiting)))]
             outcome = await self._health.persist("pipeline", lambda works=works: self._chunk(works, epoch))  # type: ignore[misc]
             waiting.extendleft(reversed(outcome.later))
-        if oldest is not None and generation.campaigns:
-            self._metrics.freshness.observe(max(0.0, time.time() - oldest))
+        if generation.oldest is not None and generation.campaigns:
+            self._metrics.freshness.observe(max(0.0, time.time() - generation.oldest))
         await self._health.persist("commit", lambda: self._commit(generation, epoch))
         self._health.progressed()
         seconds = time.monotonic() - begun
@@ -276,7 +273,6 @@ class Pipeline:
         self.is_ours = False
         self._collecting = Generation()
         self._passed = []
-        self._oldest = None
         self._full = False
         self.assigned = frozenset()
         await self._idle.wait()

@@ -125,6 +125,7 @@ class Sweep:
             await db.save(outcome)
             await db.sweep_advance(last_id, self._interval_s)
         self._metrics.sweep_pages.inc()
+        self._metrics.sweep_campaigns.inc(len(compared))
         self._metrics.sweep_seconds.observe(time.monotonic() - begun)
         self._metrics.sweep_deferred.inc(len(outcome.deferrals))
         self._metrics.deferred.labels("sweep").inc(len(outcome.deferrals))

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final, Protocol
 from uuid import UUID
 
@@ -12,7 +13,7 @@ import structlog
 
 from consumer.errors import Unavailable
 from consumer.health import Health, backoff_s
-from consumer.metrics import Metrics
+from consumer.metrics import FACTS, Metrics
 from consumer.outcome import SHARDS
 from schemas.topics import WRITTEN
 
@@ -36,6 +37,10 @@ class Row(Protocol):
     def type(self) -> str: ...
     @property
     def event(self) -> bytes: ...
+    @property
+    def since(self) -> datetime | None: ...
+    @property
+    def fact(self) -> str | None: ...
 
 
 class Sent(Protocol):
@@ -190,9 +195,12 @@ class Relay:
             raise Unavailable("relay", error.detail) from error
 
     def _count(self, rows: Sequence[Row], published: set[int], refused: Mapping[int, str]) -> None:
+        now = time.time()
         for row in rows:
             if row.id in published:
                 self._metrics.published.labels(row.type).inc()
+                if row.since is not None and row.fact in FACTS:
+                    self._metrics.delay.labels(row.fact).observe(max(0.0, now - row.since.timestamp()))
         for row_id, why in refused.items():
             self._metrics.set_aside.inc()
             log.error("event set aside", outbox_id=row_id, why=why)

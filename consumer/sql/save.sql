@@ -1,7 +1,8 @@
 -- Save what followed from a recount, in one round trip. The caller holds the locks of the recounted campaigns.
 -- State of $1 uuid[]: $2 bigint[] version, $3 jsonb[] and $4 text[] published counts and status (null = as before),
 --   $5 timestamptz[] guard_paused_at, $6 boolean[] observed_trip, $7 bigint[] prospects, $8 float8[] cool-down in seconds
--- Outbox: $9 smallint[] shard, $10 uuid[] campaign, $11 text[] type, $12 bytea[] event; ids rise in this order
+-- Outbox: $9 smallint[] shard, $10 uuid[] campaign, $11 text[] type, $12 bytea[] event, $15 timestamptz[] since, $16 text[] fact;
+--   ids rise in this order
 -- $13 jsonb guard decisions, $14 jsonb deferrals (arrays of objects)
 WITH state AS (
     INSERT INTO campaign_stats.campaign_state AS s
@@ -35,10 +36,10 @@ WITH state AS (
            bounced integer, rate_bp integer, threshold_bp integer, min_sent integer, window_size integer,
            limits_from jsonb, opened_at timestamptz, oldest_contact timestamptz, newest_contact timestamptz)
 ), outbox AS (
-    INSERT INTO campaign_stats.outbox (shard, campaign_id, type, event)
-    SELECT o.shard, o.campaign_id, o.type, o.event
-      FROM unnest($9::smallint[], $10::uuid[], $11::text[], $12::bytea[]) WITH ORDINALITY
-           AS o (shard, campaign_id, type, event, place)
+    INSERT INTO campaign_stats.outbox (shard, campaign_id, type, event, since, fact)
+    SELECT o.shard, o.campaign_id, o.type, o.event, o.since, o.fact
+      FROM unnest($9::smallint[], $10::uuid[], $11::text[], $12::bytea[], $15::timestamptz[], $16::text[])
+           WITH ORDINALITY AS o (shard, campaign_id, type, event, since, fact, place)
      ORDER BY o.place
 )
 INSERT INTO campaign_stats.deferred

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from deploy.tools import catalogue, rules
 from deploy.tools.programs import MissingProgram
 
 
@@ -26,7 +27,17 @@ class Check:
     is_quick: bool = False
 
 
-CHECKS: Final[tuple[Check, ...]] = ()
+CHECKS: Final[tuple[Check, ...]] = (
+    Check("metrics", "the catalogue is what the code says, its series are bounded", catalogue.problems, is_quick=True),
+    Check(
+        "rules",
+        "alerts are what the list says, of metrics that exist, each with a runbook",
+        rules.problems,
+        is_quick=True,
+    ),
+    Check("rules-test", "promtool: every alert fires when it should and else is silent", rules.promtool_problems),
+    Check("metrics-lint", "promtool check metrics on a scrape", catalogue.promtool_problems),
+)
 
 
 def problems_of(check: Check) -> Sequence[str]:

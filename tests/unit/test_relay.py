@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from uuid import UUID
 
@@ -38,6 +39,8 @@ class Row:
     campaign_id: UUID
     type: str = STATS_UPDATED
     event: bytes = b"{}"
+    since: datetime | None = None
+    fact: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,3 +409,24 @@ async def test_what_came_while_its_shard_was_in_our_hands_goes_out_soon(monkeypa
     health.stopping = True
     relay.wake()
     await running
+
+
+async def test_only_what_was_acknowledged_and_asked_for_tells_how_long_it_took() -> None:
+    long_ago = datetime.now(UTC) - timedelta(seconds=20)
+    rows = {
+        1: Row(1, campaign_id(1), event=b"1", since=long_ago, fact="news"),
+        2: Row(2, campaign_id(2), event=b"2", since=long_ago, fact="pause"),
+        3: Row(3, campaign_id(3), event=b"3", fact="news"),  # found by the sweep
+        4: Row(4, campaign_id(4), event=b"4", since=long_ago, fact="of a later version"),
+        5: Row(5, campaign_id(5), event=b"5", since=datetime.now(UTC) + timedelta(hours=1), fact="answer"),
+    }
+    ids = {(row.campaign_id, row.event): row.id for row in rows.values()}
+    relay, metrics, _ = relay_of(Outbox(rows), Broker(ids, poison=frozenset([2])))
+    await relay.turn()
+    read = metrics.registry.get_sample_value
+    delay = "campaign_stats_event_delay_seconds"
+    counts = {fact: read(f"{delay}_count", {"fact": fact}) for fact in ("news", "pause", "answer")}
+    assert counts == {"news": 1, "pause": 0, "answer": 1}
+    assert read(f"{delay}_bucket", {"fact": "news", "le": "10.0"}) == 0
+    assert read(f"{delay}_bucket", {"fact": "news", "le": "30.0"}) == 1
+    assert read(f"{delay}_sum", {"fact": "answer"}) == 0  # a producer's clock an hour ahead

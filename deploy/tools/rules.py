@@ -1,0 +1,140 @@
+"""deploy/prometheus/rules.yaml and the tests of it that promtool runs, written from the list of alerts."""
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from deploy.tools.alerts import ALERTS, OBJECTIVES, WINDOWS, Alert, Case
+from deploy.tools.catalogue import catalogue, names
+from deploy.tools.programs import ROOT, debian, run
+
+FOLDER: Final = ROOT / "deploy" / "prometheus"
+RULES: Final = FOLDER / "rules.yaml"
+TESTS: Final = {1: FOLDER / "rules_test.yaml", 30: FOLDER / "rules_days_test.yaml"}  # by minutes from value to value
+RUNBOOK: Final = ROOT / "deploy" / "runbook.md"
+HOW_TO_WRITE: Final = "make deploy-files"
+WRITTEN: Final = "# Written from deploy/tools/alerts.py by `make deploy-files`.\n"
+
+SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+
+
+def rules(faster: int = 1) -> dict[str, Any]:
+    """Recording rules and alerts. `faster`: windows and waits divided by it, for a drill that takes no hours."""
+    recorded = [
+        {"record": objective.recorded(window), "expr": objective.ratio(window)}
+        for objective in OBJECTIVES
+        for window in WINDOWS
+    ]
+    groups: list[dict[str, Any]] = [
+        {"name": "campaign-stats objectives", "rules": recorded},
+        {"name": "campaign-stats alerts", "rules": [_rule(alert) for alert in ALERTS]},
+    ]
+    if faster > 1:
+        for group in groups:
+            for rule in group["rules"]:
+                rule["expr"] = re.sub(r"\[(\w+)\]", lambda found: f"[{_shorter(found[1], faster)}]", rule["expr"])
+                if "for" in rule:
+                    rule["for"] = _shorter(rule["for"], faster)
+    return {"groups": groups}
+
+
+def _shorter(duration: str, faster: int) -> str:
+    number, unit = int(duration[:-1]), duration[-1]
+    return f"{max(1, number * SECONDS[unit] // faster)}s"
+
+
+def _rule(alert: Alert) -> dict[str, Any]:
+    return {
+        "alert": alert.name,
+        "expr": alert.expr,
+        "for": alert.lasts,
+        "labels": {"severity": alert.severity},
+        "annotations": _annotations(alert),
+    }
+
+
+def _annotations(alert: Alert) -> dict[str, str]:
+    return {"summary": alert.summary, "runbook": f"deploy/runbook.md#{anchor(alert.section)}"}
+
+
+def anchor(heading: str) -> str:
+    """The name a heading gets in the page."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def rules_text() -> str:
+    """The file of rules."""
+    return WRITTEN + _yaml(rules())
+
+
+def tests_text(step: int) -> str:
+    """For each alert a case in which it fires, and one in which it does not: those whose series have this step."""
+    tests = []
+    for alert in ALERTS:
+        fired = {
+            "exp_labels": {"severity": alert.severity, **alert.labels},
+            "exp_annotations": _annotations(alert),
+        }
+        for case, what, expected in ((alert.fires, "fires", [fired]), (alert.silent, "stays silent", [])):
+            if case.step == step:
+                tests.append(_test(alert, what, case, expected))
+    document = {"rule_files": [RULES.name], "evaluation_interval": f"{step}m", "tests": tests}
+    return WRITTEN + _yaml(document)
+
+
+def _test(alert: Alert, what: str, case: Case, expected: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "name": f"{alert.name} {what}",
+        "interval": f"{case.step}m",
+        "input_series": [{"series": series, "values": values} for series, values in case.series.items()],
+        "alert_rule_test": [{"eval_time": f"{case.at}m", "alertname": alert.name, "exp_alerts": expected}],
+    }
+
+
+def files() -> dict[Path, str]:
+    """What is written from the list."""
+    return {RULES: rules_text(), **{path: tests_text(step) for step, path in TESTS.items()}}
+
+
+def _yaml(document: object) -> str:
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120)
+
+
+def unknown_metrics(expression: str) -> set[str]:
+    """Names in a PromQL expression that look like ours and that the code does not have."""
+    known = {name for entry in catalogue() for name in names(entry)}
+    found = set(re.findall(r"\b(campaign_stats_\w+)\b(?!:)", re.sub(r"campaign_stats:\w+:\w+", "", expression)))
+    return found - known
+
+
+def problems() -> list[str]:
+    """Where the files are not what the list says, a metric does not exist or an alert has no runbook."""
+    found = []
+    for path, text in files().items():
+        if not path.exists() or path.read_text() != text:
+            found.append(f"{path.relative_to(ROOT)} is not what deploy/tools/alerts.py says: {HOW_TO_WRITE}")
+    found += [
+        f"{rule.get('alert', rule.get('record'))}: the service has no metric {name}"
+        for group in rules()["groups"]
+        for rule in group["rules"]
+        for name in sorted(unknown_metrics(rule["expr"]))
+    ]
+    headings = re.findall(r"^## (.+)$", RUNBOOK.read_text() if RUNBOOK.exists() else "", re.MULTILINE)
+    sections = {alert.section for alert in ALERTS}
+    found += [
+        f"deploy/runbook.md has no section `## {section}`: write it" for section in sorted(sections - {*headings})
+    ]
+    return found
+
+
+def promtool_problems() -> list[str]:
+    """What promtool says of the rules, and of their tests."""
+    promtool = debian("promtool", "prometheus")
+    found = []
+    for command in (("check", "rules", str(RULES)), ("test", "rules", *map(str, TESTS.values()))):
+        code, said = run(promtool, *command)
+        if code != 0:
+            found += said.splitlines()
+    return found
