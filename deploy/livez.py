@@ -7,7 +7,7 @@ import http.client
 import os
 import sys
 
-ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listens everywhere, so also here
+ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # the service listens everywhere, so also here
 TIMEOUT_S = 2.0  # less than HEALTHCHECK's
 
 

@@ -2,11 +2,13 @@
 
 deploy/image [--base IMAGE] [--tag NAME]
 
-Needs root and Debian's buildah, but no engine and no registry of images: without --base the base is made on the spot from
-Debian's packages. That stands in for docker.io/library/python; what it cannot show is said at the end.
+Needs root and Debian's buildah, but no engine and no registry of images: without --base the base is made on the spot
+from Debian's packages. That stands in for docker.io/library/python; what it cannot show is said at the end.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -197,7 +199,9 @@ def try_run(root: Path, image: Mapping[str, Any]) -> str:
             while (health := answer(root, image, *check, **settings))[0] != 0:
                 if time.monotonic() > deadline or process.poll() is not None:
                     process.kill()
-                    raise Wrong(f"not alive after {ANSWERS_S} s: {health[1]}; it said: {process.communicate()[0][-1500:]}")
+                    raise Wrong(
+                        f"not alive after {ANSWERS_S} s: {health[1]}; it said: {process.communicate()[0][-1500:]}"
+                    )
                 time.sleep(0.2)
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             begun = time.monotonic()
@@ -255,6 +259,14 @@ def step(what: str, work: Callable[[], str]) -> bool:
     return mark == "ok"
 
 
+def problems() -> Sequence[str]:
+    """What deploy/check asks: the steps that went wrong."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = main([])
+    wrong = [line.removeprefix("WRONG").strip() for line in said.getvalue().splitlines() if line.startswith("WRONG")]
+    return wrong if code == 0 or wrong else [said.getvalue().strip()]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when every step went well, else 1."""
     parser = argparse.ArgumentParser(prog="deploy/image", description=__doc__.partition("\n")[0])
@@ -273,7 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def build_once() -> str:
         images.append(build(base[0], asked.tag))
-        return json.loads(images[-1]["Manifest"])["layers"][-1]["digest"] + " is the layer of /opt/campaign-stats"
+        digest = json.loads(images[-1]["Manifest"])["layers"][-1]["digest"]
+        return f"{digest} is the layer of /opt/campaign-stats"
 
     def compare() -> str:
         if found := differences(*images):
@@ -291,8 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done.append(step("sbom", write_sbom))
     if not asked.base:
         print(
-            "not shown here: the base python:3.11-slim-bookworm itself (no registry was asked; pull it and give --base), an"
-            " engine's seccomp and cgroups. Docker's builder writes file times into layers: give it"
+            "not shown here: the base python:3.11-slim-bookworm itself (no registry was asked: pull it, give --base),"
+            " an engine's seccomp and cgroups. Docker's builder writes file times into layers: give it"
             " --output type=image,rewrite-timestamp=true"
         )
     return 0 if all(done) else 1
