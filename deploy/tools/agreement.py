@@ -161,7 +161,11 @@ def settings_problems(given: Files) -> Sequence[str]:
         try:
             read(start.environment)
         except (ConfigError, ValidationError) as error:
-            problems = error.problems if isinstance(error, ConfigError) else [one["msg"] for one in error.errors()]
+            problems = (
+                error.problems
+                if isinstance(error, ConfigError)
+                else [f"{PREFIX}{str(one['loc'][0]).upper()}: {one['msg']}" for one in error.errors()]
+            )
             found += [f"deploy/{start.file}, {start.key}: {problem}" for problem in problems]
     return found
 
@@ -493,8 +497,8 @@ def _custom_problems(given: Files) -> Iterator[str]:
         yield f"deploy/{SCALED}, scaleTargetRef: no such Deployment: {deployment['metadata']['name']}"
     if "replicas" in deployment["spec"]:
         yield f"deploy/{DEPLOYMENT}, spec.replicas: each apply would undo what KEDA decided: take it out"
-    if spec["maxReplicaCount"] != PARTITIONS:
-        yield f"deploy/{SCALED}, maxReplicaCount: {spec['maxReplicaCount']}, but there are {PARTITIONS} partitions"
+    if (most := spec.get("maxReplicaCount")) != PARTITIONS:
+        yield f"deploy/{SCALED}, maxReplicaCount: {most}, but there are {PARTITIONS} partitions"
     kafka = read({**literals(given, BASE), **literals(given, PRODUCTION)})
     for trigger in spec["triggers"]:
         told = trigger["metadata"]
