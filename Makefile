@@ -1,6 +1,6 @@
 # Needs only python3 (3.11 or newer) and make; everything else is fetched into .venv and .cache.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit faults soak schemas docs deploy-files check compat lint format lock clean \
+.PHONY: help demo test test-unit faults soak schemas docs deploy-files check screenshots compat lint format lock clean \
 	bench bench-long bench-plots bench-profile bench-adopt
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -37,6 +37,9 @@ deploy-files: $(READY) ## Write what in deploy/ follows from the code: metrics, 
 
 check: $(READY) ## Everything in deploy/ held against its validators and the code; a line each
 	@deploy/check $(ARGS)
+
+screenshots: $(READY) ## Take deploy/screenshots of the status page of a loaded service (needs Chromium)
+	@CAMPAIGN_STATS_SCREENSHOTS=deploy/screenshots $(BIN)/python -m pytest tests/service/test_watching.py -k status_page
 
 docs: schemas ## The contracts as one page, schemas/index.html, and its screenshots (needs Chromium)
 	@$(BIN)/python -m schemas.tools.screenshots "$$($(BIN)/python -m tests.witnesses)"

@@ -91,6 +91,17 @@ class Pending:
 
 
 @dataclass(frozen=True, slots=True)
+class Pause:
+    """A campaign that the guard paused, and the window that led to it."""
+
+    campaign_id: UUID
+    paused_at: datetime
+    sent: int
+    bounced: int
+    threshold_bp: int
+
+
+@dataclass(frozen=True, slots=True)
 class Compared:
     """A campaign as the sweep sees it, unlocked."""
 
@@ -305,6 +316,11 @@ class Database:
         """What waits in our tables."""
         async with self.connection() as connection, asyncio.timeout(ANSWER_DEADLINE_S):
             return Backlog(**dict(await _one(connection, statement("backlog"))))
+
+    async def last_pauses(self, count: int) -> list[Pause]:
+        """The latest pauses of the guard, the newest first."""
+        async with self.connection() as connection, asyncio.timeout(ANSWER_DEADLINE_S):
+            return [Pause(*row.values()) for row in await connection.fetch(statement("last_pauses"), count)]
 
     async def next_due_s(self) -> float | None:
         """Seconds until a deferred row is due, negative when one waits already, None when there is none."""
@@ -528,11 +544,7 @@ class Transaction:
 
     async def sweep_next(self, after: UUID | None) -> UUID | None:
         """The next campaign in id order, uncompared."""
-        found: UUID | None = await self._connection.fetchval(
-            "SELECT id FROM public.campaigns WHERE id >= coalesce($1::uuid, '00000000-0000-0000-0000-000000000000')"
-            " AND id IS DISTINCT FROM $1::uuid ORDER BY id LIMIT 1",
-            after,
-        )
+        found: UUID | None = await self._connection.fetchval(statement("sweep_next"), after)
         return found
 
     async def sweep_advance(self, after: UUID | None, interval_s: float) -> None:

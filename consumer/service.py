@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Final
 from uuid import UUID
 
@@ -35,11 +36,13 @@ from consumer.reconcile import Sweep
 from consumer.recount import Rules
 from consumer.relay import Relay
 from consumer.settings import PREFIX, Settings
+from consumer.status import Numbers, Status
 from consumer.web import ApiDoor, OperatorsDoor, Rate
 from schemas.door import STOPPING
 from schemas.topics import Topics
 
 SAMPLE_S: Final = 2.0  # gauges that need a question to a server
+SHOWN_PAUSES: Final = 10
 API_POOL_SIZE: Final = 4  # calls beside the pipeline; more gain nothing on few cores (design, section 9)
 WATCHDOG_S: Final = 60.0  # design, section 6
 WORK_SHARE: Final = 0.75  # of the shutdown's deadline; the rest is for leaving the group and closing clients that hang
@@ -141,7 +144,9 @@ class Service:
             grace_s=settings.drift_grace_s,
             retention_days=settings.retention_days,
         )
-        self._door = OperatorsDoor(settings.http_host, settings.http_port, self._health, registry)
+        self._numbers = Numbers(registry)
+        self._status = Status(version("campaign-stats"), self._health, self._numbers, settings.guard_mode)
+        self._door = OperatorsDoor(settings.http_host, settings.http_port, self._health, registry, self._status)
         self._callers = Database(settings.database_url.get_secret_value(), size=API_POOL_SIZE)
         self._sync_stats = Door(
             self._callers, rules, self._metrics, wake_relay=self._relay.wake, wake_deferred=self._deferred.wake
@@ -343,14 +348,20 @@ class Service:
                 self._metrics.degraded.labels(dependency).set(dependency in self._health.degraded)
             self._metrics.ready.set(self._health.not_ready is None)
             self._metrics.poll_age.set(time.monotonic() - self._health.polled_at)
-            for name, sample in (("lag", self._sample_lag), ("backlog", self._sample_backlog)):
+            for name, sample in (
+                ("lag", self._sample_lag), ("backlog", self._sample_backlog), ("pauses", self._sample_pauses)
+            ):  # fmt: skip
                 try:
                     await sample()
                 except Unavailable as error:  # also how an idle service notices that a server is away
                     self._health.lost(error.dependency, name, error.detail)
                 else:
                     self._health.recovered(name)
+            self._numbers.note()
             await asyncio.sleep(SAMPLE_S)
+
+    async def _sample_pauses(self) -> None:
+        self._status.pauses = await self._database.last_pauses(SHOWN_PAUSES)
 
     async def _sample_lag(self) -> None:
         assigned = sorted(self._pipeline.assigned)

@@ -1,4 +1,4 @@
-"""HTTP: the operators' port (/metrics, /livez, /readyz) and the sync-stats door."""
+"""HTTP: the operators' port (/, /metrics, /livez, /readyz) and the sync-stats door."""
 
 import asyncio
 import hashlib
@@ -19,6 +19,7 @@ from prometheus_client.aiohttp import make_aiohttp_handler
 from consumer.envelope import campaign_uuid
 from consumer.errors import NotNow, Unavailable
 from consumer.health import Health
+from consumer.status import HEADERS, Status
 from schemas import door
 
 REQUEST_DEADLINE_S: Final = (
@@ -38,11 +39,13 @@ def _compact(document: object) -> str:
 class OperatorsDoor:
     """Answers probes and scrapes. Asks no server, so it answers also when every dependency is away."""
 
-    def __init__(self, host: str, port: int, health: Health, registry: CollectorRegistry) -> None:
+    def __init__(self, host: str, port: int, health: Health, registry: CollectorRegistry, status: Status) -> None:
         self._host = host
         self._port = port
         self._health = health
+        self._status = status
         app = web.Application()
+        app.router.add_get("/", self._page)
         app.router.add_get("/metrics", make_aiohttp_handler(registry))
         app.router.add_get("/livez", self._livez)
         app.router.add_get("/readyz", self._readyz)
@@ -55,6 +58,9 @@ class OperatorsDoor:
     async def close(self) -> None:
         """Stop listening."""
         await self._runner.cleanup()
+
+    async def _page(self, _: web.Request) -> web.Response:
+        return web.Response(text=self._status.page(), content_type="text/html", headers=HEADERS)
 
     async def _livez(self, _: web.Request) -> web.Response:
         return web.json_response({"alive": True}, dumps=_compact)

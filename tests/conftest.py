@@ -35,6 +35,7 @@ AVAILABLE = {
     "kcat": shutil.which("kcat") is not None,
     "machine_postgres": machine_binaries() is not None,
     "chromium": shutil.which("chromium") is not None,
+    "prometheus": shutil.which("prometheus") is not None,
     "javac": java_available() and shutil.which("javac") is not None,
 }
 ORDER = ("faults", "unit", "integration", "service")
@@ -43,6 +44,7 @@ NEEDS = {
     "kcat": "kcat",
     "machine_postgres": "a PostgreSQL of the machine's own",
     "chromium": "Chromium",
+    "prometheus": "Prometheus",
     "javac": "a Java compiler",
 }
 not_run: list[str] = []
@@ -69,6 +71,8 @@ def pytest_configure(config: pytest.Config) -> None:
         problems.append("kcat is missing (Debian: kcat)")
     if REQUIRED and shutil.which("chromium") is None:
         problems.append("Chromium is missing (Debian: chromium)")
+    if REQUIRED and shutil.which("prometheus") is None:
+        problems.append("Prometheus is missing (Debian: prometheus)")
     if REQUIRED and shutil.which("javac") is None:
         problems.append("a Java compiler is missing (Debian: openjdk-17-jdk-headless)")
     if problems:

@@ -50,6 +50,9 @@ BUILD: Final = re.compile(
 STORAGE: Final = re.compile(r"ALTER TABLE (?P<table>public\.\w+) SET (?P<options>\([^;]*\));")
 PART: Final = """SELECT h.inhrelid::regclass::text FROM pg_inherits h JOIN pg_index i ON i.indexrelid = h.inhrelid
                   WHERE h.inhparent = to_regclass($1) AND i.indrelid = $2"""
+STUCK: Final = """SELECT NOT indisvalid AND (SELECT count(*) FROM pg_partition_tree(indrelid))
+                                        = (SELECT count(*) FROM pg_partition_tree(indexrelid))
+                    FROM pg_index WHERE indexrelid = to_regclass($1)"""
 
 PRODUCT_COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "campaigns": (
@@ -323,7 +326,8 @@ async def _build_index(connection: Connection, migration: Migration) -> None:
     """Build the index of a file whose first line says so; on a partitioned table that cannot be done in one go.
 
     There comes an index of no rows on the table alone first, then that of each partition, which is made a part of it.
-    With the last one the whole is valid. What an interrupted call left is used, or dropped if it is half an index.
+    With the last one the whole is valid. What an interrupted call left is used, or dropped if it is half an index or
+    the partition that it still lacked is gone: it has all its parts then, and nothing would ever make it valid.
     """
     build = BUILD.search(migration.sql)
     if build is None:
@@ -337,6 +341,8 @@ async def _build_index(connection: Connection, migration: Migration) -> None:
             continue
         if table["is_partitioned"]:
             whole[table["oid"]] = f"{table['schema']}.{name}"
+            if parent is None and await connection.fetchval(STUCK, whole[table["oid"]]):
+                await _in_transaction(connection, migration.name, f"DROP INDEX {whole[table['oid']]}")
             create = f"CREATE INDEX IF NOT EXISTS {name} ON ONLY {table['name']}{build['rest']}"
             await _in_transaction(connection, migration.name, create)
         else:

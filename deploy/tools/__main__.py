@@ -1,11 +1,15 @@
 """Write the files in deploy/ that follow from the code."""
 
-from deploy.tools import catalogue, rules
+from deploy.tools import catalogue, dashboard, rules
 
 
 def main() -> None:
     """Each says where it stands."""
-    for path, text in {catalogue.DOCUMENT: catalogue.text(), **rules.files()}.items():
+    for path, text in {
+        catalogue.DOCUMENT: catalogue.text(),
+        dashboard.DASHBOARD: dashboard.text(),
+        **rules.files(),
+    }.items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from deploy.tools import agreement, catalogue, image, rules, validators
+from deploy.tools import agreement, catalogue, dashboard, image, rules, validators
 from deploy.tools.programs import MissingProgram
 
 
@@ -33,6 +33,12 @@ CHECKS: Final[tuple[Check, ...]] = (
         "rules",
         "alerts are what the list says, of metrics that exist, each with a runbook",
         rules.problems,
+        is_quick=True,
+    ),
+    Check(
+        "dashboard",
+        "Grafana's panels are those of the status page, of metrics that exist",
+        dashboard.problems,
         is_quick=True,
     ),
     Check("rules-test", "promtool: every alert fires when it should and else is silent", rules.promtool_problems),

@@ -12,6 +12,7 @@ from deploy.tools.programs import ROOT, debian, run
 
 FOLDER: Final = ROOT / "deploy" / "prometheus"
 RULES: Final = FOLDER / "rules.yaml"
+CONFIGURATION: Final = FOLDER / "prometheus.yml"
 TESTS: Final = {1: FOLDER / "rules_test.yaml", 30: FOLDER / "rules_days_test.yaml"}  # by minutes from value to value
 RUNBOOK: Final = ROOT / "deploy" / "runbook.md"
 HOW_TO_WRITE: Final = "make deploy-files"
@@ -133,7 +134,11 @@ def promtool_problems() -> list[str]:
     """What promtool says of the rules, and of their tests."""
     promtool = debian("promtool", "prometheus")
     found = []
-    for command in (("check", "rules", str(RULES)), ("test", "rules", *map(str, TESTS.values()))):
+    for command in (
+        ("check", "config", str(CONFIGURATION)),
+        ("check", "rules", str(RULES)),
+        ("test", "rules", *map(str, TESTS.values())),
+    ):
         code, said = run(promtool, *command)
         if code != 0:
             found += said.splitlines()

@@ -12,7 +12,7 @@ from typing import Final
 from schemas import events
 from tests.benchmarks import outbox, workload
 from tests.benchmarks.report import Figure, Report, at_most
-from tests.benchmarks.stage import Stage, others_s
+from tests.benchmarks.stage import Stage, others_s, stopped
 from tests.benchmarks.trials import Trial, counted, interleaved, report_of
 
 PENDING: Final = 100_000  # at least, at the moment of the kill
@@ -67,6 +67,7 @@ async def _run(stage: Stage, number: int, name: str) -> Trial:
             ended = await outbox.emptied(db, replacement, DEADLINE_S)
             busy_s = others_s() - busy_s
             cpu_s = replacement.cpu_s()
+            problems += await stopped([replacement])
         finally:
             victim.stop()
             replacement.stop()

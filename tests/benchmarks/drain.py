@@ -33,6 +33,7 @@ from tests.benchmarks.stage import (
     others_s,
     rates,
     reported,
+    stopped,
 )
 
 MEMORY_LIMIT_MB: Final = 400.0
@@ -42,6 +43,7 @@ PEER_SECONDS: Final = 60.0
 PEER_END_S: Final = 60.0  # to flush and commit what it counted
 SERVICE: Final = "service"
 ON_BOTH_CORES: Final = "service, two processes"
+HINTS_READ: Final = 'campaign_stats_records_total{kind="status_hint"}'
 COUNTED: Final = re.compile(rb"^counted (\d+)$", re.MULTILINE)
 
 
@@ -129,6 +131,8 @@ async def _round(stage: Stage, number: int, peers: Sequence[Peer]) -> list[Run]:
         order.reverse()
     runs = []
     async with stage.round(number, seed=number) as common:
+        if number == 1:
+            await _warm_up(stage, common)
         for place, peer in enumerate(order):
             if isinstance(peer, str):
                 attempt: Callable[[str], Awaitable[Run]] = partial(
@@ -138,6 +142,15 @@ async def _round(stage: Stage, number: int, peers: Sequence[Peer]) -> list[Run]:
                 attempt = partial(_counting_run if peer.counts_only else _recounting_run, stage, common, peer)
             runs.append(await stage.undisturbed(f"r{number}-{place}", attempt))
     return runs
+
+
+async def _warm_up(stage: Stage, common: Round) -> None:
+    """Both ways of using the broker once, for nothing: its JVM compiles meanwhile, and nobody meets it cold."""
+    for run in (
+        await service_run(stage, common, "warm-up-service"),
+        await _recounting_run(stage, common, PER_EVENT, "warm-up-peer"),
+    ):
+        stage.say(f"  warm-up, does not count: {run.contestant} = {run.rate:,.0f}/s")
 
 
 async def service_run(stage: Stage, common: Round, name: str, *, processes: int = 1, contestant: str = SERVICE) -> Run:
@@ -162,12 +175,7 @@ async def service_run(stage: Stage, common: Round, name: str, *, processes: int 
             )
             told = [await service.metrics() for service in services]
             problems += _disagreements(told, len(common.draws))
-            for service in services:
-                if service.process is not None:
-                    service.process.terminate()
-            for service in services:
-                if (code := await service.ended()) != 0:
-                    problems.append(f"the service ended with {code}: {service.last_lines(3)}")
+            problems += await stopped(services)
         finally:
             for service in services:
                 service.stop()
@@ -193,7 +201,7 @@ async def service_run(stage: Stage, common: Round, name: str, *, processes: int 
 
 def _disagreements(told: Sequence[Mapping[str, float]], records: int) -> list[str]:
     """Where the service's own metrics tell another story than the broker."""
-    read = sum(series['campaign_stats_records_total{kind="status_hint"}'] for series in told)
+    read = sum(series[HINTS_READ] for series in told)
     return [f"/metrics says {read:g} hints"] if read < records else []
 
 

@@ -74,9 +74,7 @@ async def measure(stage: Stage) -> Report:
     report = reported("growth", runs, rounds=1)
     report.runs = [{**point, **report.runs[point["run"]]} for point in points]
     for axis in dict.fromkeys(point.axis for point in POINTS):
-        us = [
-            run["seconds"] / run["events"] * 1e6 for run in report.runs if run["axis"] == axis and not run["problems"]
-        ]
+        us = [run["seconds"] / run["events"] * 1e6 for run in report.runs if run["axis"] == axis and run["counts"]]
         report.figures.append(Figure(f"us per hint, over {axis}", us, ",.1f"))
     return report
 

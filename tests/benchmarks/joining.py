@@ -18,9 +18,9 @@ import asyncpg
 
 from schemas import events
 from tests.benchmarks import workload
-from tests.benchmarks.latency import Course, latencies, steady, stopped
+from tests.benchmarks.latency import Course, latencies, steady
 from tests.benchmarks.report import Figure, Report, at_most
-from tests.benchmarks.stage import LOOK_S, Failed, Group, Round, Stage, others_s
+from tests.benchmarks.stage import LOOK_S, Failed, Group, Round, Stage, others_s, stopped
 from tests.benchmarks.trials import Trial, counted, interleaved, report_of
 from tests.benchmarks.upstream import Stream
 

@@ -17,7 +17,7 @@ from schemas import events
 from schemas.topics import Topics
 from tests.benchmarks import variants, workload
 from tests.benchmarks.report import Figure, Report, at_most, ratios
-from tests.benchmarks.stage import Contestant, Group, Stage, others_s, tree_cpu_s
+from tests.benchmarks.stage import Contestant, Group, Stage, others_s, stopped, tree_cpu_s
 from tests.benchmarks.trials import Trial, counted, interleaved, report_of
 from tests.benchmarks.upstream import Answer, Receiver, Stream, Upstream, percentile, receiving, unanswered
 
@@ -147,18 +147,6 @@ async def _watched(course: Course, meanwhile: Callable[[Course], Awaitable[None]
 
 async def _generations(services: Sequence[Contestant]) -> float:
     return sum([(await service.metrics())["campaign_stats_generation_seconds_count"] for service in services])
-
-
-async def stopped(services: Sequence[Contestant]) -> list[str]:
-    """Stop them; what is wrong with how they ended."""
-    for service in services:
-        if service.process is not None:
-            service.process.terminate()
-    return [
-        f"{service.name} ended with {code}: {service.last_lines(3)}"
-        for service in services
-        if (code := await service.ended()) != 0
-    ]
 
 
 def latencies(course: Course, stream: str) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Final
 from schemas import events
 from tests.benchmarks import workload
 from tests.benchmarks.report import Figure, Report, at_most
-from tests.benchmarks.stage import Group, Round, Stage
+from tests.benchmarks.stage import Group, Round, Stage, stopped
 
 HINTS: Final = 5_000_000
 PARTS: Final = 5
@@ -46,10 +46,7 @@ async def _run(stage: Stage, common: Round) -> tuple[list[float], list[str]]:
                 place = min(PARTS - 1, done * PARTS // HINTS)
                 peaks[place] = max(peaks[place], service.resident_mb())
             await stage.drained(database, group, [service], HINTS)
-            if service.process is not None:
-                service.process.terminate()
-            if (code := await service.ended()) != 0:
-                problems.append(f"the service ended with {code}: {service.last_lines(3)}")
+            problems += await stopped([service])
         finally:
             service.stop()
         news = await workload.read_news(stage.kafka.bootstrap, topics.of(events.STATS_UPDATED))

@@ -27,8 +27,8 @@ ROWS = (
 
 
 def main(results: Path, picture: Path) -> None:
-    """One column for each axis, one row for each cost; a dot for each run, the line through the medians."""
-    runs = [run for run in json.loads(results.read_text())["measures"]["growth"]["runs"] if not run["problems"]]
+    """One column for each axis, one row for each cost; a dot for each run that counts, the line through the medians."""
+    runs = [run for run in json.loads(results.read_text())["measures"]["growth"]["runs"] if run["counts"]]
     axes = list(dict.fromkeys(run["axis"] for run in runs))
     figure, grid = plt.subplots(
         len(ROWS), len(axes), figsize=(2.6 * len(axes), 2.2 * len(ROWS)), squeeze=False, layout="constrained"

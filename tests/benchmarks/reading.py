@@ -1,5 +1,8 @@
 """CPU of poll, decode and validate: aiokafka with our checks beside confluent-kafka with the same, and with none.
 
+Everybody's clocks start when the first records are in hand and none of them is decoded yet, so connecting and the first
+fetch are nobody's cost; they stop when the last one is decoded.
+
 As a program (`python -m tests.benchmarks.reading`) it is our contestant: the service's own source and decoder.
 """
 

@@ -15,7 +15,7 @@ from schemas import events
 from schemas.topics import Topics
 from tests.benchmarks import outbox, workload
 from tests.benchmarks.report import Figure, Report, at_least, ratios
-from tests.benchmarks.stage import PEERS, Contestant, Stage, others_s
+from tests.benchmarks.stage import PEERS, Contestant, Stage, others_s, stopped
 from tests.benchmarks.trials import Trial, counted, interleaved, report_of
 
 ROWS: Final = 100_000
@@ -105,9 +105,10 @@ async def _run(stage: Stage, contestant: str, way: Way, number: int, name: str) 
             await outbox.reached(published, way.rows, process, DEADLINE_S)
             ended = await outbox.emptied(db, process, DEADLINE_S)
             cpu_s, busy_s = process.cpu_s() - cpu_s, others_s() - busy_s
+            problems = await stopped([process])
         finally:
             process.stop()
-        problems = await outbox.misled(stage.kafka.bootstrap, topic, way.rows)
+        problems += await outbox.misled(stage.kafka.bootstrap, topic, way.rows)
         seconds = ended - begun
         return Trial(
             contestant,

@@ -102,7 +102,8 @@ def rates(runs: Sequence[Run], contestant: str) -> dict[int, float]:
 def reported(measure: str, runs: Sequence[Run], rounds: int = ENOUGH) -> Report:
     """A report that tells of these runs and has no figures yet."""
     problems = [f"{run.contestant} in round {run.round}: {why}" for run in runs for why in run.problems]
-    return Report(measure, [], problems, [{**asdict(run), "rate": run.rate} for run in runs], rounds)
+    told: list[Mapping[str, Any]] = [{**asdict(run), "rate": run.rate, "counts": run.counts} for run in runs]
+    return Report(measure, [], problems, told, rounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,6 +347,18 @@ class Contestant(Server):
                 return code
             await asyncio.sleep(LOOK_S)
         return None
+
+
+async def stopped(contestants: Sequence[Contestant]) -> list[str]:
+    """Ask them to end, all at once; what is wrong with how they did, nothing where every exit code is 0."""
+    for contestant in contestants:
+        if contestant.process is not None:
+            contestant.process.terminate()
+    return [
+        f"{contestant.name} ended with {code}: {contestant.last_lines(3)}"
+        for contestant in contestants
+        if (code := await contestant.ended()) != 0
+    ]
 
 
 class Group:

@@ -56,6 +56,6 @@ def report_of(measure: str, stage: Stage, trials: Sequence[Trial]) -> Report:
     return Report(
         measure,
         rounds=stage.size.rounds,
-        runs=[asdict(trial) for trial in trials],
+        runs=[{**asdict(trial), "counts": trial.counts} for trial in trials],
         problems=[f"{trial.contestant} in round {trial.round}: {why}" for trial in trials for why in trial.problems],
     )

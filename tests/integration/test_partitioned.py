@@ -20,6 +20,7 @@ from consumer.database import SESSION, Database, statement
 from consumer.deferred import DeferredWorker
 from consumer.demo.servers import Postgres
 from consumer.doctor.database import examine_connection
+from consumer.errors import Unavailable
 from consumer.generation import Work
 from consumer.guard import Limits
 from consumer.health import Health
@@ -29,7 +30,8 @@ from consumer.recount import Rules, recount_campaigns
 from schemas.events import Trigger
 from tests.benchmarks.adopt import CATALOG
 from tests.benchmarks.partitioned import Shape, reference
-from tests.integration.test_adoption import MARGIN_S, see_tries, transaction_of_somebody, writing
+from tests.conftest import eventually
+from tests.integration.test_adoption import MARGIN_S, see_tries, transaction_of_somebody, waits_for_a_lock, writing
 from tests.integration.test_plans import Plan, Who, inside, undone, windows_of
 from tests.servers import REPOSITORY
 from tests.world import USER
@@ -181,6 +183,84 @@ async def test_a_long_transaction_holds_up_migrate_but_no_writer(
         assert len(writer.latencies) > 10
         assert writer.longest_s < migrations.LOCK_TIMEOUT_S + MARGIN_S
     assert await parts(product, INDEXES[0]) == everywhere("campaign_prospects")
+
+
+LAST_BY_HAND: Final = {
+    "created": f"""CREATE TABLE campaign_prospects_7 PARTITION OF campaign_prospects
+                       FOR VALUES WITH (MODULUS {PARTITIONS}, REMAINDER 7)""",
+    "attached": f"""CREATE TABLE campaign_prospects_7 (LIKE campaign_prospects INCLUDING DEFAULTS);
+                    ALTER TABLE campaign_prospects ATTACH PARTITION campaign_prospects_7
+                       FOR VALUES WITH (MODULUS {PARTITIONS}, REMAINDER 7)""",
+}
+
+
+@pytest.fixture
+async def building(
+    product: asyncpg.Connection, empty_database_url: str, released: list[migrations.Migration]
+) -> list[migrations.Migration]:
+    """The product lacks its last partition, and everything is migrated up to the first index on prospects."""
+    await product.execute("DROP TABLE campaign_prospects_7")
+    later = [migration for migration in released if migration.number > 3]
+    del released[3:]
+    await migrations.migrate(empty_database_url)
+    released.extend(later)
+    return later
+
+
+@pytest.mark.parametrize("way", LAST_BY_HAND)
+async def test_a_partition_that_comes_while_others_are_built_has_its_part_of_the_index(
+    product: asyncpg.Connection, empty_database_url: str, building: list[migrations.Migration], way: str
+) -> None:
+    write = "LOCK TABLE campaign_prospects_0 IN ROW EXCLUSIVE MODE"
+    async with transaction_of_somebody(empty_database_url, write):
+        running = asyncio.create_task(migrations.migrate(empty_database_url))
+        await eventually(lambda: waits_for_a_lock(product), "migrate waits for a writer")
+        await product.execute(LAST_BY_HAND[way])
+        assert (await parts(product, INDEXES[0]))[0] == ("campaign_prospects", False)
+    assert await running == [migration.name for migration in building]
+    for index in INDEXES:
+        assert await parts(product, index) == everywhere("campaign_prospects")
+
+
+@pytest.fixture
+async def half_done(
+    product: asyncpg.Connection,
+    empty_database_url: str,
+    building: list[migrations.Migration],
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[str]:
+    """What `migrate` still has to do: it failed, as the last partition came between its look and its first lock."""
+    look = migrations._tree
+
+    async def and_then(connection: asyncpg.Connection, table: str) -> list[asyncpg.Record]:
+        found = await look(connection, table)
+        await product.execute(LAST_BY_HAND["created"])
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(migrations, "_tree", and_then)
+        with pytest.raises(Unavailable, match=r"got a partition while .* run `migrate` again"):
+            await migrations.migrate(empty_database_url)
+    assert await parts(product, INDEXES[0]) == [("campaign_prospects", False), *everywhere("campaign_prospects")[1:-1]]
+    return [migration.name for migration in building]
+
+
+async def test_a_partition_that_came_before_the_index_is_named_and_the_next_migrate_builds_its_part(
+    product: asyncpg.Connection, empty_database_url: str, half_done: list[str]
+) -> None:
+    assert await migrations.pending(product) == half_done
+    assert await migrations.migrate(empty_database_url) == half_done
+    for index in INDEXES:
+        assert await parts(product, index) == everywhere("campaign_prospects")
+
+
+async def test_a_partition_that_came_and_went_leaves_nothing_that_migrate_cannot_finish(
+    product: asyncpg.Connection, empty_database_url: str, half_done: list[str]
+) -> None:
+    await product.execute("DROP TABLE campaign_prospects_7")
+    assert await migrations.migrate(empty_database_url) == half_done
+    for index in INDEXES:
+        assert await parts(product, index) == everywhere("campaign_prospects")[:-1]
 
 
 async def test_the_way_out_leaves_nothing(product: asyncpg.Connection, empty_database_url: str) -> None:

@@ -474,12 +474,13 @@ async def test_control_a_queue_whose_pages_were_given_back_is_read_whole_for_eac
 
 
 LATE: Final = 500  # campaigns from the end
+NEXT_ALLOWED: Final = 10  # blocks: the way down the index, and the campaign's own page
 
 
-async def late_page(db: asyncpg.Connection, query: str) -> tuple[Plan, int]:
+async def late_page(db: asyncpg.Connection, query: str, campaigns: int = 100) -> tuple[Plan, int]:
     """The plan of a page near the end, and how many campaigns it found."""
     start = await db.fetchval("SELECT id FROM campaigns ORDER BY id DESC OFFSET $1 LIMIT 1", LATE)
-    plan = await explain(db, query, f"'{start}', 100")
+    plan = await explain(db, query, f"'{start}', {campaigns}")
     return plan, int(plan.top["Actual Rows"])
 
 
@@ -493,8 +494,20 @@ async def test_a_page_begins_in_the_index_where_it_begins(db: asyncpg.Connection
     assert int(first.top["Actual Rows"]) == 100
 
 
+async def test_the_campaign_after_one_that_cannot_be_compared_is_found_in_the_index(db: asyncpg.Connection) -> None:
+    start = await db.fetchval("SELECT id FROM campaigns ORDER BY id DESC OFFSET $1 LIMIT 1", LATE)
+    for after in (f"'{start}'", "NULL"):
+        plan = await explain(db, statement("sweep_next"), after)
+        assert plan.strays("campaigns", "campaigns_pkey") == []
+        assert sum(scan.rows for scan in plan.of("campaigns")) == 1
+        assert plan.blocks <= NEXT_ALLOWED
+
+
 async def test_control_a_page_that_begins_with_or_reads_all_that_is_before_it(db: asyncpg.Connection) -> None:
     page = "SELECT * FROM campaigns WHERE $1::uuid IS NULL OR id > $1::uuid ORDER BY id LIMIT $2::bigint"
     plan, found = await late_page(db, page)
     assert found == 100
     assert plan.blocks > recount_allowed(100, 100 * PROSPECTS)
+    single, found = await late_page(db, page.replace("SELECT *", "SELECT id"), campaigns=1)
+    assert found == 1
+    assert single.blocks > NEXT_ALLOWED

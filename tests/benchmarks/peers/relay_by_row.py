@@ -11,6 +11,7 @@ Settings from the environment: DATABASE_URL, KAFKA_BOOTSTRAP_SERVERS, OUTPUT_TOP
 
 import asyncio
 import os
+import signal
 
 import asyncpg
 from aiokafka import AIOKafkaProducer
@@ -33,7 +34,9 @@ async def publish_one(db: asyncpg.Connection, producer: AIOKafkaProducer, topic:
 
 
 async def main() -> None:
-    """Publish until killed."""
+    """Publish until SIGTERM; the row that is under way is finished."""
+    stopping = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     topic = os.environ["OUTPUT_TOPIC"]
     db = await asyncpg.connect(os.environ["DATABASE_URL"])
     producer = AIOKafkaProducer(
@@ -41,7 +44,7 @@ async def main() -> None:
     )
     await producer.start()
     try:
-        while True:
+        while not stopping.is_set():
             if not await publish_one(db, producer, topic):
                 await asyncio.sleep(POLL_S)
     finally:
