@@ -78,7 +78,7 @@ def stand_in() -> str:
     return STAND_IN
 
 
-def build(base: str, tag: str) -> dict[str, Any]:
+def build(base: str, tag: str, pull: str) -> dict[str, Any]:
     """Build without any cache; what buildah knows about the image."""
     moment, revision = "1577836800", "unknown"
     if (ROOT / ".git").exists() and shutil.which("git"):
@@ -88,7 +88,7 @@ def build(base: str, tag: str) -> dict[str, Any]:
         f"--volume={path}:{path}:ro" for path in ("/etc/pip.conf", "/etc/ssl/certs") if Path(path).exists()
     ]
     buildah(
-        "build", "--isolation", "chroot", "--format", "docker", "--no-cache", "--pull-never", "--timestamp", moment,
+        "build", "--isolation", "chroot", "--format", "docker", "--no-cache", pull, "--timestamp", moment,
         *(f"--build-arg={name}={value}" for name, value in arguments.items()),
         *own_pip, "-f", "deploy/Dockerfile", "-t", tag, ".",
     )  # fmt: skip
@@ -270,7 +270,7 @@ def problems() -> Sequence[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when every step went well, else 1."""
     parser = argparse.ArgumentParser(prog="deploy/image", description=__doc__.partition("\n")[0])
-    parser.add_argument("--base", help="an image in the local store (buildah pull) instead of Debian's own Python")
+    parser.add_argument("--base", help="an image to build on, pulled if need be, instead of Debian's own Python")
     parser.add_argument("--tag", default="localhost/campaign-stats:latest", help="what to call the result")
     asked = parser.parse_args(arguments)
     if os.geteuid() != 0:
@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return f"{STAND_IN}, from Debian's packages"
 
     def build_once() -> str:
-        images.append(build(base[0], asked.tag))
+        images.append(build(base[0], asked.tag, "--pull" if asked.base else "--pull-never"))
         digest = json.loads(images[-1]["Manifest"])["layers"][-1]["digest"]
         return f"{digest} is the layer of /opt/campaign-stats"
 
@@ -301,10 +301,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tries = (("confinement", try_confinement), ("--help", try_help), ("doctor", try_doctor), ("run", try_run))
     with mounted(asked.tag) as root:
         done = [step(what, lambda work=work: work(root, images[-1])) for what, work in tries]  # type: ignore[misc]
+    buildah("rmi", "--prune", "--force")  # what only the builds needed
     done.append(step("sbom", write_sbom))
     if not asked.base:
         print(
-            "not shown here: the base python:3.11-slim-bookworm itself (no registry was asked: pull it, give --base),"
+            "not shown here: the base python:3.11-slim-bookworm itself (no registry was asked: give --base),"
             " an engine's seccomp and cgroups. Docker's builder writes file times into layers: give it"
             " --output type=image,rewrite-timestamp=true"
         )
