@@ -157,7 +157,7 @@ def unit_problems(path: Path = UNIT) -> Sequence[str]:
             [analyze, "verify", "--man=no", str(copy)], stdin=subprocess.DEVNULL, capture_output=True, text=True,
             timeout=60, env={**os.environ, "SYSTEMD_LOG_LEVEL": "warning"},
         )  # fmt: skip
-        said = done.stderr.replace(str(copy), place(path)).replace(path.name + ":", place(path) + ":")
+        said = done.stderr.replace(str(copy), place(path))
         found = [
             line if line.startswith(place(path)) else f"{place(path)}: {line}" for line in said.splitlines() if line
         ]
