@@ -135,13 +135,25 @@ def migrate(
     reference_schema: Annotated[
         bool, typer.Option("--reference-schema", help="First create the product's tables, for trials and tests.")
     ] = False,
+    back_to: Annotated[
+        str | None,
+        typer.Option(
+            "--back-to", metavar="RELEASE", help="Instead: let this older release start on the database again."
+        ),
+    ] = None,
 ) -> None:
     """Apply the service's migrations to DATABASE_URL. Safe to run twice, at once, or again after a crash."""
     settings = settings_without("kafka_bootstrap_servers")
+    url = settings.database_url.get_secret_value()
+    if back_to is not None:
+        for name in run_async(migrations.back_to(url, back_to)):
+            print(f"{name} is not counted any more; what it added stays")
+        print(f"release {back_to} can start on this database")
+        return
 
     async def work() -> list[str]:
         with progress("applying migrations"):  # an index on a large table takes minutes
-            return await migrations.migrate(settings.database_url.get_secret_value(), reference_schema=reference_schema)
+            return await migrations.migrate(url, reference_schema=reference_schema)
 
     applied = run_async(work())
     for name in applied:

@@ -11,7 +11,7 @@ from uuid import UUID
 import structlog
 from msgspec.structs import replace
 
-from consumer import recount
+from consumer import recount, tracing
 from consumer.errors import ServiceError, TooSlow, described
 from consumer.generation import Work
 from consumer.health import Health
@@ -84,8 +84,9 @@ class DeferredWorker:
                 return False
             work = merged(rows)
             try:
-                async with db.savepoint():
-                    outcome = await recount_campaigns(db, [work], "worker", self._rules)
+                with tracing.recounting([work]) as traced:
+                    async with db.savepoint():
+                        outcome = await recount_campaigns(db, traced, "worker", self._rules)
             except ServiceError:
                 raise
             except TooSlow as slow:

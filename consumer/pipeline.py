@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from consumer import recount
+from consumer import recount, tracing
 from consumer.changes import Changed, decode_changes
 from consumer.envelope import (
     ChangeHint,
@@ -226,8 +226,9 @@ class Pipeline:
         self._still_ours(epoch)
         begun = time.monotonic()
         try:
-            async with self._store.transaction() as db:
-                outcome = await recount_campaigns(db, works, "chunk", self._rules)
+            with tracing.recounting(works) as traced:
+                async with self._store.transaction() as db:
+                    outcome = await recount_campaigns(db, traced, "chunk", self._rules)
         except ServiceError:
             raise
         except Exception as error:

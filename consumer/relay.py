@@ -11,6 +11,7 @@ from uuid import UUID
 
 import structlog
 
+from consumer import tracing
 from consumer.errors import Unavailable
 from consumer.health import Health, backoff_s
 from consumer.metrics import FACTS, Metrics
@@ -190,7 +191,8 @@ class Relay:
 
     async def _send(self, rows: Sequence[Row]) -> Sequence[Sent]:
         try:
-            return await self._publish([(row.type, row.campaign_id, row.event) for row in rows])
+            with tracing.publishing([row.event for row in rows]):
+                return await self._publish([(row.type, row.campaign_id, row.event) for row in rows])
         except Unavailable as error:
             raise Unavailable("relay", error.detail) from error
 
@@ -200,7 +202,8 @@ class Relay:
             if row.id in published:
                 self._metrics.published.labels(row.type).inc()
                 if row.since is not None and row.fact in FACTS:
-                    self._metrics.delay.labels(row.fact).observe(max(0.0, now - row.since.timestamp()))
+                    waited_s = max(0.0, now - row.since.timestamp())
+                    self._metrics.delay.labels(row.fact).observe(waited_s, tracing.exemplar(row.event))
         for row_id, why in refused.items():
             self._metrics.set_aside.inc()
             log.error("event set aside", outbox_id=row_id, why=why)

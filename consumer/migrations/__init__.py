@@ -7,6 +7,10 @@ invalid leftover of an interrupted build first. A file is never edited once it w
 The product's tables may be partitioned: an index is then built partition by partition, and storage options are set on
 the partitions.
 
+Between two releases a file only expands: what an older release reads stays as it is, so both work on one database, and
+`back_to` lets the older one start on it again. Such a file may be applied twice. Only the release after next may
+contract; the first line of its file says `-- contracts: last read by VERSION` (a test holds both).
+
 The product works on meanwhile: nobody who writes to its tables is held up by us for longer than about LOCK_TIMEOUT_S.
 """
 
@@ -53,6 +57,9 @@ PART: Final = """SELECT h.inhrelid::regclass::text FROM pg_inherits h JOIN pg_in
 STUCK: Final = """SELECT NOT indisvalid AND (SELECT count(*) FROM pg_partition_tree(indrelid))
                                         = (SELECT count(*) FROM pg_partition_tree(indexrelid))
                     FROM pg_index WHERE indexrelid = to_regclass($1)"""
+
+LAST_OF: Final = {"0.1.0": 7}
+"""Release -> the number of its last migration."""
 
 PRODUCT_COLUMNS: Final[dict[str, tuple[str, ...]]] = {
     "campaigns": (
@@ -112,6 +119,36 @@ async def migrate(database_url: str, *, reference_schema: bool = False) -> list[
     within TABLES_DEADLINE_S, or another process holds the migration lock for longer than ten minutes. What was applied
     by then stays; a later call goes on from there.
     """
+    async with _session(database_url) as connection, _alone(connection):
+        if reference_schema:
+            reference = resources.files(__name__) / "reference" / "0001_product_tables.sql"
+            async with connection.transaction():
+                await connection.execute(reference.read_text("utf-8"))
+        return await _apply(connection)
+
+
+async def back_to(database_url: str, release: str) -> list[str]:
+    """Let an older release start on this database again; returns the names of the migrations it does not know.
+
+    What they added stays and is not read; `migrate` of a newer version applies them again. Raises ConfigError for a
+    release that is none of LAST_OF, or without the right; Unavailable when the database is away.
+    """
+    if release not in LAST_OF:
+        raise ConfigError([f"there is no way back to {release}: give one of {', '.join(LAST_OF)}"])
+    async with _session(database_url) as connection, _alone(connection):
+        if await connection.fetchval("SELECT to_regclass('campaign_stats.migrations') IS NULL"):
+            return []
+        rows = await connection.fetch(
+            "WITH gone AS (DELETE FROM campaign_stats.migrations WHERE number > $1 RETURNING number, name)"
+            " SELECT name FROM gone ORDER BY number",
+            LAST_OF[release],
+        )
+        return [row["name"] for row in rows]
+
+
+@asynccontextmanager
+async def _session(database_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """Raises ConfigError and Unavailable, as `migrate` says."""
     try:
         connection = await asyncpg.connect(database_url, server_settings=SESSION)
     except (asyncpg.PostgresError, ValueError, OverflowError, *LOST) as error:
@@ -119,12 +156,7 @@ async def migrate(database_url: str, *, reference_schema: bool = False) -> list[
             raise ConfigError([problem]) from error
         raise Unavailable("database", f"cannot connect: {type(error).__name__}") from error
     try:
-        async with _alone(connection):
-            if reference_schema:
-                reference = resources.files(__name__) / "reference" / "0001_product_tables.sql"
-                async with connection.transaction():
-                    await connection.execute(reference.read_text("utf-8"))
-            return await _apply(connection)
+        yield connection
     except asyncpg.InsufficientPrivilegeError as error:
         raise ConfigError([f"the role may not migrate: {error}; run `migrate` as the owner of the tables"]) from error
     except AWAY as error:

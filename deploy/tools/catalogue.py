@@ -21,6 +21,9 @@ All series but those of partitions are there from the start, at 0, so that a rat
 label holds an id of a campaign, a user or a prospect: one process has {series} series, buckets counted, and one more
 for each partition that it reads. Beside them stand the usual ones of the process (`process_*`, `python_*`).
 
+With an OpenTelemetry SDK `campaign_stats_event_delay_seconds` carries exemplars (`trace_id`) of sampled traces;
+Prometheus keeps them with `--enable-feature=exemplar-storage`.
+
 """
 
 

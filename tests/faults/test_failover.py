@@ -1,6 +1,6 @@
 """Failovers that lost something: what the other server still knows stays true, and one command tells the rest anew.
 
-deploy/README.md, "After a failover that lost something", is written from these tests.
+deploy/operations.md, "After a failover that lost something", is written from these tests.
 """
 
 import shutil

@@ -40,6 +40,8 @@ KILLED: Final = -9
 CAMPAIGNS: Final = 2 * SMALL_PAGE + 4  # three pages, the last one not full
 AT_ONCE: Final = 3
 PATIENCE_S: Final = 60.0
+RELEASED: Final = "db45665"
+"""The commit of release 0.1.0."""
 OLD_VERSION: Final = "c66118a"
 """A commit whose service must stand beside the present one while `migrate` brings the database forward."""
 
@@ -349,16 +351,16 @@ INVENTED: Final = {
 """What a newer version might bring, so that its database is newer than the old code, whatever we have released."""
 
 
-def older_version(directory: Path) -> Path:
-    """The service as it was at OLD_VERSION."""
+def older_version(directory: Path, commit: str = OLD_VERSION) -> Path:
+    """The service as it was at this commit."""
     archive = subprocess.run(
-        ["git", "-C", REPOSITORY, "archive", "--format=tar", OLD_VERSION, "consumer", "schemas"],
+        ["git", "-C", REPOSITORY, "archive", "--format=tar", commit, "consumer", "schemas"],
         capture_output=True,
         check=False,
     )
     if archive.returncode != 0:
         pytest.fail(
-            f"commit {OLD_VERSION} is not in this clone, so no older version can run beside this one: fetch the whole"
+            f"commit {commit} is not in this clone, so no older version can run beside this one: fetch the whole"
             f" history (git fetch --unshallow); git says: {archive.stderr.decode().strip()}"
         )
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
@@ -381,6 +383,43 @@ async def replica_of(one: Stage, directory: Path) -> RunningService:
     one.replicas.append(running)
     await running.ready(60)
     return running
+
+
+async def test_a_rolling_upgrade_from_the_release_and_back_and_forth_again_loses_nothing(
+    grid: Grid, postgres: Postgres, tmp_path: Path
+) -> None:
+    """Release 0.1.0 gives way to this version replica by replica, takes over again, and leaves for good."""
+    old = older_version(tmp_path / "old", RELEASED)
+    async with stage(grid, postgres, template="template0") as one, session(one) as db:
+        before = {**one.environment, "PYTHONPATH": str(old)}
+        assert (await command(before, "migrate", "--reference-schema", directory=old))[0] == 0
+        campaigns = await one.upstream.campaigns(12, {"pending": 400})
+        bouncing = await one.upstream.campaigns(3, {"sent": 200, "bounced": 20, "pending": 5})
+
+        async def rolled(leaving: Sequence[RunningService], coming: Path, who: str) -> list[RunningService]:
+            """Every replica is replaced by one of the other version, one after the other, while work goes on."""
+            new = []
+            for number, each in enumerate(leaving):
+                new.append(await replica_of(one, coming))
+                await recounts_go_on(db, f"{who}, {number} and {len(leaving) - number}, are")
+                each.terminate()
+                assert await each.wait() == 0
+            await one.upstream.change([bouncing.pop()], "sent")
+            await recounts_go_on(db, f"{who} alone is")
+            return new
+
+        paused = list(bouncing)
+        replicas = [await replica_of(one, old), await replica_of(one, old)]
+        async with work_goes_on(one, campaigns):
+            assert (await one.command("migrate"))[0] == 0
+            replicas = await rolled(replicas, REPOSITORY, "this version")
+            code, out, _ = await one.command("migrate", "--back-to", "0.1.0")
+            assert (code, out.splitlines()[-1]) == (0, "release 0.1.0 can start on this database")
+            replicas = await rolled(replicas, old, "the release")
+            assert (await one.command("migrate"))[0] == 0
+            replicas = await rolled(replicas, REPOSITORY, "this version again")
+        findings = await one.settled_and_checked(paused=paused)
+        assert findings.problems == []
 
 
 @pytest.mark.faults

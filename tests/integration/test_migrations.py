@@ -2,8 +2,9 @@
 
 import asyncio
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import asyncpg
@@ -204,3 +205,57 @@ async def test_the_reference_schema_leaves_the_products_own_functions_alone(empt
         "SELECT to_regprocedure('public.update_prospect_with_stat(uuid, text)') IS NOT NULL"
     )
     await connection.close()
+
+
+SHAPE = """SELECT table_name, column_name, data_type, is_nullable, column_default FROM information_schema.columns
+            WHERE table_schema = 'campaign_stats' AND table_name <> 'migrations' ORDER BY 1, 2"""
+
+
+async def test_an_older_release_is_let_back_and_every_later_file_may_be_applied_again(empty_database_url: str) -> None:
+    await migrations.migrate(empty_database_url, reference_schema=True)
+    later = [one.name for one in migrations.released() if one.number > migrations.LAST_OF["0.1.0"]]
+    connection = await asyncpg.connect(empty_database_url)
+    try:
+        shape = await connection.fetch(SHAPE)
+        environment = {**os.environ, "DATABASE_URL": empty_database_url}
+        code, out, _ = await command(environment, "migrate", "--back-to", "0.1.0")
+        assert (code, out.splitlines()[-1]) == (0, "release 0.1.0 can start on this database")
+        assert await migrations.back_to(empty_database_url, "0.1.0") == [], "there is nothing more to take back"
+        assert await migrations.pending(connection) == later
+        assert await connection.fetch(SHAPE) == shape, "what was added stays"
+        assert await migrations.migrate(empty_database_url) == later
+        assert await connection.fetch(SHAPE) == shape
+        code, _, err = await command(environment, "migrate", "--back-to", "0.0.9")
+        assert code == 2
+        assert "there is no way back to 0.0.9: give one of 0.1.0" in err
+    finally:
+        await connection.close()
+
+
+CONTRACTS = re.compile(
+    r"\b(DROP (TABLE|COLUMN|SCHEMA|FUNCTION)|RENAME|ALTER COLUMN|SET NOT NULL|TRUNCATE)\b", re.IGNORECASE
+)
+MARKED = re.compile(r"-- contracts: last read by (\d+\.\d+\.\d+)\n")
+
+
+def contracting(files: Sequence[migrations.Migration]) -> list[str]:
+    """Files after the first release that take something away without saying who was the last to read it."""
+    later = [file for file in files if file.number > min(migrations.LAST_OF.values())]
+    bare = {file.name: re.sub(r"--.*", "", file.sql) for file in later}
+    return [file.name for file in later if CONTRACTS.search(bare[file.name]) and not MARKED.match(file.sql)]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "ALTER TABLE t DROP COLUMN c;",
+        "alter table t rename column a to b;",
+        "ALTER TABLE t ALTER COLUMN c SET NOT NULL;",
+    ],
+)
+def test_a_file_that_takes_something_away_says_which_release_read_it_last(sql: str) -> None:
+    assert contracting(migrations.released()) == []
+    invented = migrations.Migration(99, "0099_invented.sql", sql, "")
+    assert contracting([*migrations.released(), invented]) == ["0099_invented.sql"]
+    marked = migrations.Migration(99, "0099_invented.sql", f"-- contracts: last read by 0.1.0\n{sql}", "")
+    assert contracting([marked]) == []

@@ -27,7 +27,7 @@ from tests.witnesses import ENVIRONMENT, PROGRAMS, SCRIPTS, node_modules
 from tests.world import REFERENCE, add_campaign, add_prospects, hint, sync_request
 
 TOKEN = "watching"
-RUNBOOK = REPOSITORY / "deploy" / "runbook.md"
+PAGES = [REPOSITORY / "deploy" / name for name in ("runbook.md", "operations.md")]
 SCREENSHOTS = os.environ.get("CAMPAIGN_STATS_SCREENSHOTS")
 
 
@@ -242,9 +242,9 @@ async def test_drill_what_locks_our_table_raises_the_right_alerts_and_they_clear
 
 
 def commands() -> list[tuple[str, str]]:
-    """Section and command of every line of a `sh` block in the runbook."""
+    """Section and command of every line of a `sh` block in the runbook and in operations.md."""
     found, section, in_block = [], "", False
-    for line in RUNBOOK.read_text().splitlines():
+    for line in "\n".join(page.read_text() for page in PAGES).splitlines():
         if line.startswith("## "):
             section = line[3:]
         elif line == "```sh":
@@ -256,7 +256,9 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
-async def test_every_command_of_the_runbook_does_what_it_says(loaded: Loaded, environment: dict[str, str]) -> None:
+async def test_every_command_of_runbook_and_operations_does_what_it_says(
+    loaded: Loaded, environment: dict[str, str]
+) -> None:
     assert len(commands()) > 30
     assert {section for section, _ in commands()} >= {alert.section for alert in ALERTS}
     variables = {
