@@ -154,8 +154,8 @@ def settings_problems(given: Files) -> Sequence[str]:
         for number, line in enumerate(text.splitlines(), 1):
             found += [
                 f"deploy/{name}, line {number}: {word} is no setting: README.md, Settings, lists them"
-                for word in re.findall(rf"\b{PREFIX}[A-Z][A-Z0-9_]*", line)
-                if word not in known
+                for word, star in re.findall(rf"\b({PREFIX}[A-Z][A-Z0-9_]*)(\*?)", line)
+                if word not in known and not (star and any(one.startswith(word) for one in known))
             ]
     for start in starts(given):
         try:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import tomllib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -175,8 +176,15 @@ def unit_problems(path: Path = UNIT) -> Sequence[str]:
 
 def lock_problems(folder: Path = DEPLOY) -> Sequence[str]:
     """Lock files: a hash for each, no address of an index, and in the image the versions that the tests run with."""
-    found = []
+    found: list[str] = []
     tested = versions((ROOT / "requirements.lock").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    locked = versions((folder / LOCKS[0]).read_text())
+    found += [
+        f"{place(folder / LOCKS[0])}: {name} of pyproject.toml is missing; run `make lock`"
+        for name in (re.split(r"[\[<>=!~; ]", one)[0] for one in project["dependencies"])
+        if name not in locked
+    ]
     for name in LOCKS:
         path = folder / name
         text = path.read_text()

@@ -30,7 +30,7 @@ def test_deploy_agrees_with_the_code(name: str) -> None:
 PLANTED = [
     # check, file, what stands there, what is planted, what must be said: file, key, fix
     ("settings", BASE, "_KAFKA_SSL_CAFILE", "_KAFKA_SSL_CA_FILE", "CAMPAIGN_STATS_KAFKA_SSL_CA_FILE is no setting"),
-    ("settings", "README.md", "STATS_GUARD_MODE=observe", "STATS_GUARD=observe", "CAMPAIGN_STATS_GUARD is no setting"),
+    ("settings", "adopting.md", "STATS_GUARD_MODE=observe", "STATS_GUARD=observe", "CAMPAIGN_STATS_GUARD is no setting"),
     ("settings", BASE, "SCRAM-SHA-512", "SCRAM-SHA-1", "configMapGenerator: CAMPAIGN_STATS_KAFKA_SASL_MECHANISM: "),
     ("settings", BASE, "SASL_SSL", "SASL_TLS", "configMapGenerator: CAMPAIGN_STATS_KAFKA_SECURITY_PROTOCOL: "),
     ("settings", COMPOSE, "kafka:9092\n      CAMPAIGN", "kafka:99999\n      CAMPAIGN", "services.campaign-stats: "),
@@ -128,6 +128,7 @@ def test_every_check_is_shown_a_mistake() -> None:
     ("file", "change", "said"),
     [
         ("requirements.lock", (r"aiokafka==\S+", "aiokafka==0.0.1"), "aiokafka 0.0.1, but the tests run with"),
+        ("requirements.lock", (r"aiohttp==", "aiohttp-not=="), "aiohttp of pyproject.toml is missing"),
         ("requirements.lock", (r"(asyncpg==\S+) \\\n(    --hash=\S+( \\)?\n)+", r"\1\n"), "has no hash"),
         ("tools/requirements.lock", (r"\A", "--index-url https://example.test/simple\n"), "line 1: names an index"),
         ("build-backend.lock", (r"hatchling==\S+", "hatchling==0.0.1"), "run `make lock`"),
