@@ -72,12 +72,18 @@ bench-profile: $(PEERS) ## Say where the time goes (needs Java 17, Maven, a Post
 bench-adopt: $(READY) ## Measure what a product at work notices while it takes the service in; ARGS="--rounds 1"
 	@$(BIN)/python -m tests.benchmarks.adopt $(ARGS)
 
-lock: $(READY) ## Renew the lock files from pyproject.toml and the peers' requirements
+lock: $(READY) ## Renew the lock files: everything, the peers, the image, the validators of deploy/
 	@$(BIN)/pip install -q uv
 	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--extra embedded --extra dev --extra bench pyproject.toml -o requirements.lock
 	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		tests/benchmarks/peers/requirements.in -o tests/benchmarks/peers/requirements.lock
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		-c requirements.lock pyproject.toml -o deploy/requirements.lock
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		-c requirements.lock deploy/build-backend.in -o deploy/build-backend.lock
+	@$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		deploy/tools/requirements.in -o deploy/tools/requirements.lock
 
 clean: ## Remove everything that was fetched or built
 	rm -rf .venv .cache build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from deploy.tools import catalogue, dashboard, rules
+from deploy.tools import agreement, catalogue, dashboard, image, rules, validators
 from deploy.tools.programs import MissingProgram
 
 
@@ -43,6 +43,16 @@ CHECKS: Final[tuple[Check, ...]] = (
     ),
     Check("rules-test", "promtool: every alert fires when it should and else is silent", rules.promtool_problems),
     Check("metrics-lint", "promtool check metrics on a scrape", catalogue.promtool_problems),
+    *(
+        Check(name, what, lambda check=check: check(agreement.files()), is_quick=True)  # type: ignore[misc]
+        for name, what, check in agreement.CHECKS
+    ),
+    Check("locks", "each package by its hash; the image has what the tests run with", validators.lock_problems, True),
+    Check("dockerfile", "hadolint and checkov", validators.dockerfile_problems),
+    Check("compose", "the Compose specification's schema", validators.compose_problems),
+    Check("kubernetes", "rendered; Kubernetes' schemas, strictly; checkov", validators.kubernetes_problems),
+    Check("systemd", "the unit as systemd reads it, and how little it leaves open", validators.unit_problems),
+    Check("image", "built twice, the same; runs without root on a read-only root (minutes)", image.problems),
 )
 
 
