@@ -24,6 +24,37 @@ SETTING_EXAMPLES: Final = {  # first match by prefix; everything else is put bac
 }
 
 
+_NEEDS, _FITS = "deploy/README.md#what-it-needs", "deploy/adopting.md#1-does-it-fit"
+_RIGHTS, _INSTALL = "deploy/README.md#the-rights-it-needs", "deploy/operations.md#install"
+_UPGRADE, _DISASTERS = "deploy/operations.md#upgrade-and-the-way-back", "deploy/operations.md#disasters"
+PAGES: Final = {
+    "settings": "README.md#settings",
+    "database": _DISASTERS,
+    "postgresql version": _NEEDS,
+    "writable": _DISASTERS,
+    "product tables": _FITS,
+    "schema version": _UPGRADE,
+    "rights": _RIGHTS,
+    "row security": _RIGHTS,
+    "updated_at trigger": _FITS,
+    "database clock": "deploy/operations.md#backup-and-restore",
+    "service tables, indexes, functions, triggers": _RIGHTS,
+    "service tables": _UPGRADE,
+    "indexes": _UPGRADE,
+    "functions": _UPGRADE,
+    "contacted_at trigger": _UPGRADE,
+    "campaign versions": "deploy/operations.md#backup-and-restore",
+    "guard limits": "deploy/operations.md#turning-the-guard-on",
+    "kafka": _DISASTERS,
+    "kafka rights": _RIGHTS,
+    "topics": _INSTALL,
+    "partitions": "deploy/operations.md#sizing",
+    "replicas": "deploy/operations.md#after-a-failover-that-lost-something",
+    "cleanup policy": _NEEDS,
+}
+"""Check -> the page to read about what it finds."""
+
+
 class Level(StrEnum):
     """How bad: `run` works as designed, works with a drawback, or does not."""
 
@@ -65,9 +96,10 @@ class Report:
         """The shape of `doctor --json`: one element per finding, and one per check that found nothing."""
         lines: list[dict[str, object]] = []
         for check, findings in self.checks:
-            lines += [{"check": check, **asdict(finding)} for finding in findings]
+            lines += [{"check": check, **asdict(finding), "read": PAGES[check]} for finding in findings]
             if not findings:
-                lines.append({"check": check, "level": Level.OK, "wrong": None, "follows": None, "mend": None})
+                nothing = dict.fromkeys(("wrong", "follows", "mend", "read"))
+                lines.append({"check": check, "level": Level.OK, **nothing})
         return {"ok": self.ok, "checks": lines}
 
     def show(self) -> None:
@@ -80,6 +112,7 @@ class Report:
                 print(f"         mend:    {_printable(first)}")
                 for line in rest:
                     print(f"                  {_printable(line)}")
+                print(f"         read:    {PAGES[check]}")
             if not findings:
                 print(f"{Level.OK:<8} {check}")
         counts = {

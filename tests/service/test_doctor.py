@@ -1,6 +1,7 @@
 """`campaign-stats doctor`: every fault is put into a real server, found, and mended with what doctor says."""
 
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -16,6 +17,7 @@ from consumer import broker, doctor, migrations
 from consumer.broker import Cluster, TopicShape
 from consumer.database import Connection, Database
 from consumer.demo.servers import Postgres
+from consumer.doctor.findings import PAGES
 from consumer.guard import Limits
 from schemas.topics import Topics
 from tests.conftest import Kafka, command
@@ -34,7 +36,7 @@ async def examined(environment: dict[str, str]) -> tuple[int, list[dict[str, Any
     assert document["ok"] is (code == 0)
     found = [line for line in document["checks"] if line["level"] != "ok"]
     for line in found:
-        assert list(line) == ["check", "level", "wrong", "follows", "mend"]
+        assert list(line) == ["check", "level", "wrong", "follows", "mend", "read"]
         assert all(line.values())
     assert all(
         line["wrong"] is line["follows"] is line["mend"] is None for line in document["checks"] if line["level"] == "ok"
@@ -103,6 +105,11 @@ async def test_a_healthy_installation_is_told_line_by_line(
         ["guard", "limits"], ["kafka"], ["kafka", "rights"], ["topics"], ["partitions"], ["cleanup", "policy"],
     ]  # fmt: skip
     assert "follows: when that broker is away" in out
+    assert "read:    deploy/operations.md#after-a-failover-that-lost-something" in out
+    named = {
+        re.split(r" {2,}", line)[1].partition(":")[0] for line in out.splitlines() if re.match("ok |warning ", line)
+    }
+    assert named == PAGES.keys(), "every check has a page, and no other"
     assert out.splitlines()[-1].startswith("0 errors, 1 warnings.")
 
 
