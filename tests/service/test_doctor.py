@@ -106,10 +106,10 @@ async def test_a_healthy_installation_is_told_line_by_line(
     ]  # fmt: skip
     assert "follows: when that broker is away" in out
     assert "read:    deploy/operations.md#after-a-failover-that-lost-something" in out
-    named = {
-        re.split(r" {2,}", line)[1].partition(":")[0] for line in out.splitlines() if re.match("ok |warning ", line)
-    }
-    assert named == PAGES.keys(), "every check has a page, and no other"
+    lines = [line for line in out.splitlines() if line.startswith(("ok ", "warning "))]
+    named = {re.split(r" +", line, maxsplit=1)[1].partition(":")[0] for line in lines}
+    assert PAGES.keys() - named == {"service tables, indexes, functions, triggers"}, "only when they cannot be read"
+    assert named <= PAGES.keys()
     assert out.splitlines()[-1].startswith("0 errors, 1 warnings.")
 
 
