@@ -30,7 +30,7 @@ def test_deploy_agrees_with_the_code(name: str) -> None:
 PLANTED = [
     # check, file, what stands there, what is planted, what must be said: file, key, fix
     ("settings", BASE, "_KAFKA_SSL_CAFILE", "_KAFKA_SSL_CA_FILE", "CAMPAIGN_STATS_KAFKA_SSL_CA_FILE is no setting"),
-    ("settings", "adopting.md", "STATS_GUARD_MODE=observe", "STATS_GUARD=observe", "CAMPAIGN_STATS_GUARD is no setting"),
+    ("settings", "adopting.md", "GUARD_MODE=observe", "GUARD=observe", "CAMPAIGN_STATS_GUARD is no setting"),
     ("settings", BASE, "SCRAM-SHA-512", "SCRAM-SHA-1", "configMapGenerator: CAMPAIGN_STATS_KAFKA_SASL_MECHANISM: "),
     ("settings", BASE, "SASL_SSL", "SASL_TLS", "configMapGenerator: CAMPAIGN_STATS_KAFKA_SECURITY_PROTOCOL: "),
     ("settings", COMPOSE, "kafka:9092\n      CAMPAIGN", "kafka:99999\n      CAMPAIGN", "services.campaign-stats: "),
