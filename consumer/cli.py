@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Final, assert_never
 from uuid import UUID, uuid4
 
 import orjson
+import structlog
 import typer
 
 from consumer import broker, dead_letter_commands, logs, migrations, questions, repairs
@@ -40,13 +40,15 @@ from consumer.envelope import (
     decode,
     encode,
 )
-from consumer.errors import ConfigError, ServiceError
+from consumer.errors import ConfigError, ServiceError, stacks_of
 from consumer.progress import progress
 from consumer.settings import read_settings
 from schemas import events
 from schemas.topics import Topics
 
 DEAD_LETTER_RETENTION_MS: Final = 7 * 24 * 3600 * 1000  # they repeat what upstream sent: short
+
+log = structlog.get_logger(__name__)
 
 app = typer.Typer(
     name="campaign-stats",
@@ -82,6 +84,9 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        print(f"campaign-stats: failed\n{stacks_of(error)}", file=sys.stderr, end="")
+        sys.exit(1)
 
 
 def tell(error: ConfigError) -> None:
@@ -115,14 +120,23 @@ def run(
     settings = read_settings()
     logs.configure(sys.stdout, settings.log_level)
 
+    def failed(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """As asyncio's own, which would quote the error."""
+        error = context.get("exception")
+        if error is None:
+            log.error("asyncio complains", why=context["message"])
+        else:
+            log.error("an error that nobody waited for", error=type(error).__name__, stack=stacks_of(error))
+
     async def serve() -> int:
+        asyncio.get_running_loop().set_exception_handler(failed)
         try:
             code = await Service(settings).run(until_caught_up=until_caught_up)
         except ConfigError as error:
             tell(error)
             code = 2
-        except Exception:
-            traceback.print_exc()
+        except Exception as error:
+            log.critical("crashed", error=type(error).__name__, stack=stacks_of(error))
             code = 1
         await end_process(code)
         return code

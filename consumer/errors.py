@@ -79,3 +79,14 @@ def described(error: BaseException) -> dict[str, object]:
         "sqlstate": getattr(error, "sqlstate", None),
         "stack": "".join(traceback.format_tb(error.__traceback__)),
     }
+
+
+def stacks_of(error: BaseException) -> str:
+    """As Python would print it, causes first, but without the messages: any but our own may quote a row or a record."""
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    before = "" if cause is None else f"{stacks_of(cause)}then:\n"
+    inside = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    sqlstate = getattr(error, "sqlstate", None)
+    said = f": {error}" if isinstance(error, ServiceError) else f" ({sqlstate})" if sqlstate else ""
+    stack = "".join(traceback.format_tb(error.__traceback__))
+    return f"{before}{''.join(map(stacks_of, inside))}{stack}{type(error).__name__}{said}\n"

@@ -2,9 +2,12 @@
 
 import logging
 import time
+from types import TracebackType
 from typing import Final, TextIO
 
 import structlog
+
+from consumer.errors import stacks_of
 
 CLIENT_LINE_EVERY_S: Final = 60.0
 
@@ -30,6 +33,11 @@ class _Sparing(logging.Filter):
         return True
 
 
+def _exception(exc_info: tuple[type[BaseException], BaseException, TracebackType | None]) -> str:
+    """What stands under `exception`, also for libraries' lines: without messages, which may quote what was read."""
+    return stacks_of(exc_info[1])
+
+
 def configure(stream: TextIO, level: str) -> None:
     """Write everything, also what libraries log, to `stream` from `level` on. Call once, before anything logs."""
     shared: list[structlog.typing.Processor] = [
@@ -37,7 +45,7 @@ def configure(stream: TextIO, level: str) -> None:
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
-        structlog.processors.format_exc_info,
+        structlog.processors.ExceptionRenderer(_exception),
     ]
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

@@ -103,7 +103,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._topics = Topics(settings.topic_prefix)
-        connection = kafka_connection(settings)
+        connection = self._connection = kafka_connection(settings)
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -272,11 +272,23 @@ class Service:
             return await migrations.problems(connection, api=bool(self._settings.api_tokens))
 
     async def _check_topics(self) -> list[str]:
+        rights = broker.needed_rights(self._topics, self._settings.group, self._settings.cdc_topic)
         try:
-            missing = await self._events.check([*self._topics.all, *self._cdc], patience_s=broker.NEW_TOPIC_S)
+            lacking = await broker.lacking_rights(self._connection, rights)
         except ConfigError as error:
             return list(error.problems)
-        return [
+        problems = [f"{right.problem}: {right.grant(self._connection)}" for right in lacking]
+        hidden = {right.name for right in lacking if right.resource == "topic"}
+        wanted = [topic for topic in (*self._topics.all, *self._cdc) if topic not in hidden]
+        try:
+            missing = await self._events.check(wanted, patience_s=broker.NEW_TOPIC_S)
+        except ConfigError as error:
+            return [*problems, *error.problems]
+        except Unavailable:
+            if problems:  # with no right at all, not even a producer is to be had
+                return problems
+            raise
+        return problems + [
             f"topic {topic} is missing: let the connector create it, or unset {PREFIX}CDC_TOPIC"
             if topic in self._cdc
             else f"topic {topic} is missing: {broker.CREATE_TOPICS}"
@@ -364,6 +376,7 @@ class Service:
         self._status.pauses = await self._database.last_pauses(SHOWN_PAUSES)
 
     async def _sample_lag(self) -> None:
+        await self._source.check_topics()
         assigned = sorted(self._pipeline.assigned)
         epoch = self._pipeline.epoch
         if not assigned:

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.aiohttp import make_aiohttp_handler
 
 from consumer.envelope import campaign_uuid
-from consumer.errors import NotNow, Unavailable
+from consumer.errors import NotNow, Unavailable, described
 from consumer.health import Health
 from consumer.status import HEADERS, Status
 from schemas import door
@@ -133,8 +133,8 @@ class ApiDoor:
         begun = time.monotonic()
         try:
             response = await self._answer(request)
-        except Exception:
-            log.exception("the door failed")
+        except Exception as error:
+            log.error("the door failed", **described(error))
             response = _error(500, door.BROKEN)
         finally:
             if isinstance(connection, _Connection):

@@ -13,6 +13,7 @@ from consumer.broker.commands import (
 )
 from consumer.broker.link import Connection, TokenProvider, present, refusals, tls_context
 from consumer.broker.publisher import ACKNOWLEDGED, NEW_TOPIC_S, Outgoing, Publisher, Sent
+from consumer.broker.rights import Right, lacking_rights, needed_rights
 from consumer.broker.source import Batch, Source
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Outgoing",
     "Publisher",
     "Reader",
+    "Right",
     "Scan",
     "Sent",
     "Source",
@@ -34,6 +36,8 @@ __all__ = [
     "create_topics",
     "delete_topics",
     "describe_topics",
+    "lacking_rights",
+    "needed_rights",
     "present",
     "refusals",
     "tls_context",

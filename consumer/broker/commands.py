@@ -27,9 +27,11 @@ from consumer.broker.link import (
     Connection,
     be_impatient,
     close,
+    reading_refused,
     refused_is_an_error,
     said,
 )
+from consumer.broker.rights import hidden_problems
 from consumer.envelope import Record
 from consumer.errors import ConfigError, OwnershipLost, ServiceError, Unavailable
 from consumer.generation import Partition
@@ -189,7 +191,7 @@ class Reader:
             raise
         except (KafkaError, OSError, TimeoutError) as error:
             await close(self._consumer, STOP_DEADLINE_S)
-            raise Unavailable("kafka", f"{type(error).__name__} while starting to read") from error
+            raise Unavailable("kafka", f"{reading_refused(error)} while starting to read") from error
 
     async def __aexit__(self, *_: object) -> None:
         """Stop reading; never hangs."""
@@ -200,7 +202,7 @@ class Reader:
         try:
             found = await self._consumer.getmany(timeout_ms=int(timeout_s * 1000))
         except KafkaError as error:
-            raise Unavailable("kafka", f"{type(error).__name__} while reading") from error
+            raise Unavailable("kafka", f"{reading_refused(error)} while reading") from error
         return [record for records in found.values() for record in records]
 
 
@@ -393,7 +395,8 @@ async def _partitions_of(consumer: Any, topics: Sequence[str]) -> list[Any]:
     metadata = await consumer._client.fetch_all_metadata()
     numbers = {topic: metadata.partitions_for_topic(topic) or () for topic in topics}
     if missing := [topic for topic in topics if not numbers[topic]]:
-        raise ConfigError([f"topic {topic} is missing: {CREATE_TOPICS}" for topic in missing])
+        hidden = await hidden_problems(consumer._client, missing)
+        raise ConfigError([hidden.get(topic, f"topic {topic} is missing: {CREATE_TOPICS}") for topic in missing])
     return [TopicPartition(topic, number) for topic in topics for number in sorted(numbers[topic])]
 
 

@@ -16,12 +16,14 @@ from aiokafka.conn import CloseReason, collect_hosts, create_conn
 from aiokafka.errors import (
     CommitFailedError,
     CorruptRecordException,
+    GroupAuthorizationFailedError,
     IllegalSaslStateError,
     KafkaConnectionError,
     KafkaError,
     RecordTooLargeError,
     RequestTimedOutError,
     SaslAuthenticationFailed,
+    TopicAuthorizationFailedError,
     UnsupportedCodecError,
     UnsupportedSaslMechanismError,
     for_code,
@@ -198,6 +200,18 @@ async def refused_is_an_error(connection: Connection) -> AsyncIterator[None]:
         raise
 
 
+def reading_refused(error: BaseException) -> str:
+    """What the client met while it read, in the words of Right where it is a right that is lacking."""
+    names: object = error.args[0] if error.args else ""
+    if isinstance(names, set | frozenset | list | tuple):
+        names = ", ".join(sorted(map(str, names)))
+    if isinstance(error, TopicAuthorizationFailedError) and names:
+        return f"the user may not Read topic {names}"
+    if isinstance(error, GroupAuthorizationFailedError) and names:
+        return f"the user may not Read group {str(names).removeprefix('Unable to get coordinator id for ')}"
+    return type(error).__name__
+
+
 @contextmanager
 def said(doing: str) -> Iterator[None]:
     """Raise Unavailable for what the client raises while `doing` this; BROKEN_BYTES and refused commits go through."""
@@ -206,7 +220,7 @@ def said(doing: str) -> Iterator[None]:
     except (CorruptRecordException, RecordTooLargeError, UnsupportedCodecError, CommitFailedError):
         raise
     except (KafkaError, OSError, TimeoutError) as error:
-        raise Unavailable("kafka", f"{type(error).__name__} while {doing}") from error
+        raise Unavailable("kafka", f"{reading_refused(error)} while {doing}") from error
 
 
 async def close(client: Any, deadline_s: float) -> bool:

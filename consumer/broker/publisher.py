@@ -13,6 +13,7 @@ from typing import Any, Final
 import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
     KafkaError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
@@ -22,7 +23,8 @@ from aiokafka.partitioner import murmur2
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from consumer.broker.link import CALL_DEADLINE_S, Connection, be_impatient, close, refused_is_an_error
-from consumer.errors import Unavailable
+from consumer.broker.rights import hidden_problems
+from consumer.errors import ConfigError, Unavailable
 
 SEND_DEADLINE_S: Final = 10.0  # with PRODUCER_DEADLINE_S below idle_in_transaction_session_timeout: the relay sends
 PRODUCER_DEADLINE_S: Final = 8.0  # inside a transaction
@@ -177,16 +179,16 @@ class Publisher:
 
     def _failed(self, error: BaseException, topic: str) -> Sent:
         if isinstance(error, TopicAuthorizationFailedError):
-            return Sent(f"topic {topic} may not be written to", closed=True)
+            return _forbidden(topic)
         producer = self._producer
         if producer is not None and not producer.client.cluster.partitions_for_topic(topic):
-            return _missing(topic)  # gone while we were sending
+            return _absent(producer, topic)  # gone while we were sending
         return LATE if isinstance(error, TimeoutError) else Sent(type(error).__name__)
 
     async def check(self, topics: Sequence[str], *, patience_s: float = 0) -> list[str]:
         """Those of `topics` that do not exist, also not after `patience_s`: each broker learns by itself, moments after
-        the others, of a topic that was just made. Raises ConfigError when the brokers refuse us, Unavailable when they
-        cannot be reached.
+        the others, of a topic that was just made. Raises ConfigError when the brokers refuse us or hide one of these
+        topics, Unavailable when they cannot be reached.
         """
         deadline = time.monotonic() + patience_s
         async with refused_is_an_error(self._connection):
@@ -195,7 +197,9 @@ class Publisher:
             while True:
                 async with asyncio.timeout(CALL_DEADLINE_S):
                     metadata = await producer.client.fetch_all_metadata()
-                missing = [topic for topic in topics if topic not in metadata.topics()]
+                    missing = [topic for topic in topics if topic not in metadata.topics()]
+                    if hidden := await hidden_problems(producer.client, missing):
+                        raise ConfigError(list(hidden.values()))
                 if not missing or time.monotonic() >= deadline:
                     return missing
                 log.info("topics not there yet", topics=missing)
@@ -233,7 +237,9 @@ class Publisher:
                     await producer.start()
             except (KafkaError, OSError, TimeoutError) as error:
                 await _abandon(producer, requests)
-                raise Unavailable("kafka", f"{type(error).__name__} while starting a producer") from error
+                is_forbidden = isinstance(error, ClusterAuthorizationFailedError)  # an idempotent one takes a topic
+                why = "the user may not Write any topic" if is_forbidden else type(error).__name__
+                raise Unavailable("kafka", f"{why} while starting a producer") from error
             except asyncio.CancelledError:
                 await _abandon(producer, requests)
                 raise
@@ -253,7 +259,7 @@ class Publisher:
                 number = among[_hash(row.key or b"") % len(among)]
                 queues.setdefault((row.topic, number), []).append(place)
             elif among is not None:
-                results[place] = _missing(row.topic)
+                results[place] = _absent(producer, row.topic)
         return queues
 
     async def _send_batches(
@@ -327,8 +333,15 @@ def _hash(key: bytes) -> int:
     return number
 
 
-def _missing(topic: str) -> Sent:
+def _absent(producer: Any, topic: str) -> Sent:
+    """Brokers hide what we may not write to, but say so when asked for it by name."""
+    if topic in producer.client.cluster.unauthorized_topics:
+        return _forbidden(topic)
     return Sent(f"topic {topic} is not to be had", closed=True)
+
+
+def _forbidden(topic: str) -> Sent:
+    return Sent(f"the user may not Write topic {topic}", closed=True)
 
 
 def _size(row: Outgoing) -> int:

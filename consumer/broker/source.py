@@ -26,6 +26,7 @@ from consumer.broker.link import (
     Connection,
     be_impatient,
     close,
+    reading_refused,
 )
 from consumer.envelope import Content
 from consumer.errors import OwnershipLost, Unavailable
@@ -104,7 +105,7 @@ class Source:
                 await consumer.start()
         except (KafkaError, OSError, TimeoutError) as error:
             await close(consumer, STOP_DEADLINE_S)
-            raise Unavailable("kafka", f"{type(error).__name__} while joining the group") from error
+            raise Unavailable("kafka", f"{reading_refused(error)} while joining the group") from error
         except asyncio.CancelledError:
             await close(consumer, LEAVE_DEADLINE_S)
             raise
@@ -158,7 +159,7 @@ class Source:
         except (IllegalStateError, CommitFailedError, RebalanceInProgressError) as error:
             raise OwnershipLost(f"commit refused: {type(error).__name__}") from error
         except (KafkaError, TimeoutError) as error:
-            raise Unavailable("kafka", f"{type(error).__name__} while committing") from error
+            raise Unavailable("kafka", f"{reading_refused(error)} while committing") from error
 
     async def ends(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """The offset after the last record of each partition. Raises Unavailable."""
@@ -181,6 +182,26 @@ class Source:
                 await self._consumer._client.fetch_all_metadata()
         except (KafkaError, TimeoutError) as error:
             raise Unavailable("kafka", f"{type(error).__name__} while asking for topics") from error
+
+    async def check_topics(self) -> None:
+        """Raises Unavailable when a topic was deleted or closed to us: its partitions are then nobody's, in silence.
+
+        The client asks by itself only once a minute, also whether it may read again; here it does so at every call.
+        """
+        client = self._consumer._client
+        closed = [topic for topic in self._topics if not client.cluster.partitions_for_topic(topic)]
+        if not closed:
+            return
+        try:
+            async with asyncio.timeout(LOOK_UP_DEADLINE_S):
+                await client.force_metadata_update()
+        except (KafkaError, TimeoutError) as error:
+            raise Unavailable("kafka", f"{type(error).__name__} while asking for topics") from error
+        for topic in closed:
+            if topic in client.cluster.unauthorized_topics:
+                raise Unavailable("kafka", f"the user may not Read topic {topic}")
+            if not client.cluster.partitions_for_topic(topic):
+                raise Unavailable("kafka", f"topic {topic} is missing")
 
     async def starts(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """The first offset still kept of each partition. Raises Unavailable."""
@@ -210,7 +231,7 @@ class Source:
             found: dict[Any, list[Any]] = await self._consumer.getmany(timeout_ms=POLL_MS, max_records=POLL_RECORDS)
         except KafkaError as error:
             self._revive()
-            raise Unavailable("kafka", f"{type(error).__name__} while reading") from error
+            raise Unavailable("kafka", f"{reading_refused(error)} while reading") from error
         return found
 
     def _revive(self) -> None:

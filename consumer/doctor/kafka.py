@@ -2,12 +2,13 @@
 
 import json
 import shlex
+from collections.abc import Collection
 from typing import Final
 
 from consumer import broker
 from consumer.broker import Cluster, TopicShape
 from consumer.doctor.findings import AGAIN, Finding, a_warning, an_error
-from consumer.errors import Unavailable
+from consumer.errors import ConfigError, Unavailable
 from consumer.settings import PREFIX, Settings
 from schemas.topics import Topics
 
@@ -20,6 +21,10 @@ async def examine_kafka(connection: broker.Connection, settings: Settings) -> li
     try:
         cdc = [settings.cdc_topic] if settings.cdc_topic else []
         cluster = await broker.describe_topics(connection, [*names.all, *cdc])
+        rights = broker.needed_rights(names, settings.group, settings.cdc_topic)
+        lacking = await broker.lacking_rights(connection, rights)
+    except ConfigError as error:  # they refused us in between
+        return [("kafka", [an_error(problem, "`run` does not start", AGAIN) for problem in error.problems])]
     except Unavailable as error:
         servers = shlex.quote(connection.bootstrap_servers)
         return [
@@ -39,30 +44,36 @@ async def examine_kafka(connection: broker.Connection, settings: Settings) -> li
     tools = f"--bootstrap-server {shlex.quote(connection.bootstrap_servers)}" + (
         " --command-config client.properties" if secured else ""
     )
+    hidden = {right.name for right in lacking if right.resource == "topic"}  # whether they are there nobody says
     unread = [
         an_error(
-            f"topic {name} of change records is missing, or this user may not see it",
+            f"topic {name} of change records is missing",
             "`run` does not start",
             f"unset {PREFIX}CDC_TOPIC  # or let the connector make it, it is not ours",
         )
         for name in cdc
-        if name not in cluster.topics
+        if name not in cluster.topics and name not in hidden
     ]
-    return [("kafka", unread), *topic_findings(cluster, names, tools)]
+    forbidden = [an_error(right.problem, "`run` does not start", right.grant(connection)) for right in lacking]
+    return [("kafka", unread), ("kafka rights", forbidden), *topic_findings(cluster, names, tools, hidden)]
 
 
-def topic_findings(cluster: Cluster, names: Topics, tools: str) -> list[tuple[str, list[Finding]]]:
-    """What is wrong with our topics; `tools` are the options that Kafka's own tools need to reach the brokers."""
+def topic_findings(
+    cluster: Cluster, names: Topics, tools: str, hidden: Collection[str] = ()
+) -> list[tuple[str, list[Finding]]]:
+    """What is wrong with our topics, but those `hidden` from us; `tools` are the options that Kafka's own tools need to
+    reach the brokers.
+    """
     present = {name: cluster.topics[name] for name in names.all if name in cluster.topics}
     replication = max(1, min(REPLICATION, len(cluster.brokers)))
     missing = [
         an_error(
-            f"topic {name} is missing, or this user may not see it",
+            f"topic {name} is missing",
             "`run` does not start",
             f"campaign-stats topics --create --partitions {PARTITIONS} --replication {replication}",
         )
         for name in names.all
-        if name not in present
+        if name not in present and name not in hidden
     ]
     partitions = [
         a_warning(

@@ -89,6 +89,20 @@ API_RIGHTS: Final = (
 )
 """The same, only needed where the sync-stats door is open."""
 
+OWN_RIGHTS: Final = {
+    "campaign_state": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    "deferred": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    "guard_decisions": ("SELECT", "INSERT", "DELETE"),
+    "guard_limits": ("SELECT",),
+    "migrations": ("SELECT",),
+    "outbox": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    "outbox_shards": ("SELECT", "UPDATE"),
+    "redriven": ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    "sweep": ("SELECT", "UPDATE"),
+}
+"""Table of schema campaign_stats -> all that `run` and the commands do to it; besides USAGE on the schema, and EXECUTE
+on its functions, which everybody has by default."""
+
 
 @dataclass(frozen=True, slots=True)
 class Migration:
@@ -252,7 +266,7 @@ async def lacking_rights(
 
 
 async def lacking_own_rights(connection: Connection) -> list[tuple[str, str]]:
-    """The same for using both schemas, and for our own tables and functions (any table but `migrations`: all)."""
+    """The same for using both schemas, and for our own tables (OWN_RIGHTS) and functions."""
     rows = await connection.fetch(
         """SELECT format('the role may not use schema %I', n.nspname) AS problem,
                   format('GRANT USAGE ON SCHEMA %I TO %I', n.nspname, current_user) AS statement
@@ -261,16 +275,17 @@ async def lacking_own_rights(connection: Connection) -> list[tuple[str, str]]:
            UNION ALL
            SELECT format('the role may not %s %s', r, c.oid::regclass),
                   format('GRANT %s ON %s TO %I', r, c.oid::regclass, current_user)
-             FROM pg_class c CROSS JOIN unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS r
-            WHERE c.relnamespace = to_regnamespace('campaign_stats') AND c.relkind = 'r'
-              AND NOT has_table_privilege(c.oid, r) AND NOT (c.relname = 'migrations' AND r <> 'SELECT')
+             FROM unnest($1::text[], $2::text[]) AS wanted (name, r) JOIN pg_class c ON c.relname = wanted.name
+            WHERE c.relnamespace = to_regnamespace('campaign_stats') AND NOT has_table_privilege(c.oid, r)
            UNION ALL
            SELECT format('the role may not EXECUTE %s', p.oid::regprocedure),
                   format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::regprocedure, current_user)
              FROM pg_proc p
             WHERE p.pronamespace = to_regnamespace('campaign_stats') AND NOT has_function_privilege(p.oid, 'EXECUTE')
               AND p.prorettype <> 'trigger'::regtype  -- asked for only when the trigger is made
-           ORDER BY 2"""
+           ORDER BY 2""",
+        [table for table, rights in OWN_RIGHTS.items() for _ in rights],
+        [right for rights in OWN_RIGHTS.values() for right in rights],
     )
     return [(row["problem"], row["statement"]) for row in rows]
 

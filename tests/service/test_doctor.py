@@ -4,6 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from importlib import resources
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -73,10 +74,10 @@ async def role(db: asyncpg.Connection) -> AsyncIterator[str]:
     name = f'"svc {uuid4().hex[:8]}"'  # as a name that has to be quoted
     await db.execute(
         f"""CREATE ROLE {name} LOGIN;
-            GRANT USAGE ON SCHEMA campaign_stats TO {name};
-            GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA campaign_stats TO {name};
-            REVOKE INSERT, UPDATE, DELETE ON campaign_stats.migrations FROM {name}"""
+            GRANT USAGE ON SCHEMA campaign_stats TO {name}"""
     )
+    for table, rights in migrations.OWN_RIGHTS.items():
+        await db.execute(f"GRANT {', '.join(rights)} ON campaign_stats.{table} TO {name}")
     for table, right, columns in (*migrations.RUN_RIGHTS, *migrations.API_RIGHTS):
         await db.execute(f"GRANT {right} ({', '.join(columns)}) ON {table} TO {name}")
     yield name
@@ -99,7 +100,7 @@ async def test_a_healthy_installation_is_told_line_by_line(
         ["settings"], ["database"], ["postgresql", "version"], ["writable"], ["product", "tables"],
         ["schema", "version"], ["rights"], ["row", "security"], ["updated_at", "trigger"], ["database", "clock"],
         ["service", "tables"], ["indexes"], ["functions"], ["contacted_at", "trigger"], ["campaign", "versions"],
-        ["guard", "limits"], ["kafka"], ["topics"], ["partitions"], ["cleanup", "policy"],
+        ["guard", "limits"], ["kafka"], ["kafka", "rights"], ["topics"], ["partitions"], ["cleanup", "policy"],
     ]  # fmt: skip
     assert "follows: when that broker is away" in out
     assert out.splitlines()[-1].startswith("0 errors, 1 warnings.")
@@ -395,15 +396,10 @@ async def test_every_single_right_that_is_revoked_is_named_with_the_grant_that_g
         for table, right, columns in needed
         for column in columns
     ]
-    own = await db.fetch(
-        "SELECT oid::regclass::text AS name FROM pg_class"
-        " WHERE relnamespace = 'campaign_stats'::regnamespace AND relkind = 'r'"
-    )
     rights += [
-        ("error", f"{right} ON {row['name']}")
-        for row in own
-        for right in ("SELECT", "INSERT", "UPDATE", "DELETE")
-        if right == "SELECT" or row["name"] != "campaign_stats.migrations"
+        ("error", f"{right} ON campaign_stats.{table}")
+        for table, needed in migrations.OWN_RIGHTS.items()
+        for right in needed
     ]
     functions = await db.fetch(
         "SELECT oid::regprocedure::text AS name FROM pg_proc"
@@ -413,7 +409,7 @@ async def test_every_single_right_that_is_revoked_is_named_with_the_grant_that_g
     await db.execute(f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA campaign_stats TO {role}")
     rights += [("error", f"EXECUTE ON FUNCTION {row['name']}") for row in functions]
     rights.append(("error", "USAGE ON SCHEMA campaign_stats"))
-    assert len(rights) > 60
+    assert len(rights) > 50
 
     async with session(url_of(role, database_url)) as connection:
         for level, right in rights:
@@ -422,9 +418,42 @@ async def test_every_single_right_that_is_revoked_is_named_with_the_grant_that_g
             assert [(finding.level, finding.mend) for finding in checks["rights"]] == [
                 (level, f"GRANT {right} TO {role};")
             ]
+            sentence = f"{checks['rights'][0].wrong}: GRANT {right} TO {role}"
+            assert await migrations.problems(connection, api=True) == [sentence]  # what `run` ends with
+            assert await migrations.problems(connection) == ([sentence] if level == "error" else [])
             await db.execute(checks["rights"][0].mend)
         checks = dict(await doctor.database.examine_connection(connection, Limits()))
         assert not any(checks.values()), checks
+
+
+async def test_every_right_on_our_own_tables_is_used_and_no_table_is_forgotten(
+    db: asyncpg.Connection, database_url: str, role: str
+) -> None:
+    tables = await db.fetch(
+        "SELECT relname FROM pg_class WHERE relnamespace = 'campaign_stats'::regnamespace AND relkind = 'r'"
+    )
+    assert {row["relname"] for row in tables} == set(migrations.OWN_RIGHTS)
+    statements = [file.read_text("utf-8") for file in (resources.files("consumer") / "sql").iterdir()]
+    connection = await asyncpg.connect(url_of(role, database_url))
+
+    async def refused() -> bool:
+        count = 0
+        for text in statements:
+            try:
+                await connection.execute(f"EXPLAIN (GENERIC_PLAN) {text}")
+            except asyncpg.InsufficientPrivilegeError:
+                count += 1
+        return count > 0
+
+    try:
+        assert not await refused()
+        for table, rights in migrations.OWN_RIGHTS.items():
+            for right in rights if table != "migrations" else ():
+                await db.execute(f"REVOKE {right} ON campaign_stats.{table} FROM {role}")
+                assert await refused(), f"{right} on {table} is granted for nothing"
+                await db.execute(f"GRANT {right} ON campaign_stats.{table} TO {role}")
+    finally:
+        await connection.close()
 
 
 async def test_all_rights_that_are_missing_are_told_at_once_and_run_agrees(

@@ -228,6 +228,29 @@ async def test_too_many_calls_with_one_token_are_told_when_to_come_back(
     assert (await limited.call(path, token=ALL))[0] == 200  # every token has its own count
 
 
+async def test_a_token_is_rotated_by_replacing_replicas_with_both_digests_set_meanwhile(
+    service: StartService, db: asyncpg.Connection, session: aiohttp.ClientSession
+) -> None:
+    campaign_id = await add_campaign(db)
+
+    async def replica(*tokens: str) -> Api:
+        digests = {hashlib.sha256(token.encode()).hexdigest(): str(USER) for token in tokens}
+        return Api(session, await service(api_tokens=json.dumps(digests), api_port=0, api_rate_per_minute=1))
+
+    async def answers(api: Api) -> list[int]:
+        return [(await api.sync(campaign_id, token=token))[0] for token in ("old", "new", "old", "new")]
+
+    before, both = await replica("old"), await replica("old", "new")
+    assert await answers(before) == [200, 401, 429, 401]
+    assert await answers(both) == [200, 200, 429, 429]  # each has its own rate, though both speak for one user
+    before.running.terminate()
+    assert await before.running.wait() == 0
+    after = await replica("new")
+    both.running.terminate()
+    assert await both.running.wait() == 0
+    assert await answers(after) == [401, 200, 401, 429]
+
+
 async def test_a_locked_campaign_is_waited_for_five_seconds_then_503(
     api: Api, db: asyncpg.Connection, database_url: str
 ) -> None:

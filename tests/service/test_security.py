@@ -8,7 +8,6 @@ import base64
 import hashlib
 import json
 import os
-import pwd
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,24 +17,17 @@ from urllib.parse import parse_qs, quote
 from urllib.request import Request, urlopen
 from uuid import uuid4
 
+import aiohttp
 import asyncpg
 import pytest
-import trustme
 from aiohttp import web
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    KeySerializationEncryption,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
 
-from consumer import migrations
-from consumer.demo.servers import Postgres, free_port, machine_binaries, unprivileged_account
+from consumer import broker, migrations
+from consumer.demo.servers import Postgres, free_port
 from tests.conftest import NO_FSYNC, Bus, RunningService, StartService, command, eventually
+from tests.secured import LOGIN, Files, certificates, postgres_with_tls, with_store
 from tests.servers import ApacheKafka
-from tests.world import REFERENCE, USER, add_campaign, hint
+from tests.world import REFERENCE, USER, add_campaign, hint, sync_request
 
 pytestmark = pytest.mark.apache_kafka
 
@@ -48,70 +40,21 @@ SECRETS = (KAFKA_PASSWORD, DATABASE_PASSWORD, CLIENT_SECRET, API_TOKEN, API_DIGE
 QUIET = ("debug", "info")
 
 LISTENERS = {"SCRAM": "SASL_SSL", "CERTIFIED": "SSL", "TOKENS": "SASL_SSL"}
-LOGIN = "org.apache.kafka.common.security"
 UNSECURED = f"{LOGIN}.oauthbearer.internals.unsecured.OAuthBearerUnsecuredValidatorCallbackHandler"
-
-
-@dataclass(frozen=True)
-class Files:
-    """Certificates in PEM files. `other_ca` signed nothing that is used here."""
-
-    ca: Path
-    other_ca: Path
-    server: Path
-    certificate: Path
-    key: Path
-    encrypted_key: Path
-    server_key: Path
-    foreign_certificate: Path
-    foreign_key: Path
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """A server that is `localhost` by name only, a client `service`, and a client of an authority nobody trusts."""
-    folder = tmp_path_factory.mktemp("certificates")
-    authority, other = trustme.CA(), trustme.CA()
-    server = authority.issue_cert("localhost")
-    client = authority.issue_cert("service", common_name="service")
-    foreign = other.issue_cert("service", common_name="service")
-
-    def write(name: str, *blobs: bytes) -> Path:
-        path = folder / name
-        path.write_bytes(b"".join(blobs))
-        return path
-
-    def key(cert: trustme.LeafCert, encryption: KeySerializationEncryption | None = None) -> bytes:
-        loaded = load_pem_private_key(cert.private_key_pem.bytes(), None)
-        return loaded.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption())
-
-    def chain(cert: trustme.LeafCert) -> bytes:
-        return b"".join(blob.bytes() for blob in cert.cert_chain_pems)
-
-    return Files(
-        ca=write("ca.pem", authority.cert_pem.bytes()),
-        other_ca=write("other-ca.pem", other.cert_pem.bytes()),
-        server=write("server.pem", chain(server)),
-        server_key=write("server-key.pem", key(server)),
-        certificate=write("client.pem", chain(client)),
-        key=write("client-key.pem", key(client)),
-        encrypted_key=write("client-key-encrypted.pem", key(client, BestAvailableEncryption(b"pass phrase"))),
-        foreign_certificate=write("foreign.pem", chain(foreign)),
-        foreign_key=write("foreign-key.pem", key(foreign)),
-    )
+    """Certificates of the servers and of clients."""
+    return certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture(scope="module")
 def kafka(servers_directory: Path, files: Files) -> Iterator[ApacheKafka]:
     """One broker: the plain listener for the independent client, and the secured ones for ours."""
-    store = files.server.with_name("server-store.pem")
-    store.write_bytes(files.server_key.read_bytes() + files.server.read_bytes())
     scram = f"{LOGIN}.scram.ScramLoginModule required;"
     properties = {
-        "ssl.keystore.type": "PEM",
-        "ssl.keystore.location": str(store),
-        "ssl.truststore.type": "PEM",
-        "ssl.truststore.location": str(files.ca),
+        **with_store(files),
         "listener.name.certified.ssl.client.auth": "required",
         "listener.name.scram.sasl.enabled.mechanisms": "SCRAM-SHA-512,SCRAM-SHA-256,PLAIN",
         "listener.name.scram.scram-sha-512.sasl.jaas.config": scram,
@@ -455,44 +398,17 @@ async def test_a_token_endpoint_that_fails_is_waited_for(
 
 @pytest.fixture(scope="module")
 def tls_postgres(servers_directory: Path, files: Files) -> Iterator[Postgres]:
-    """The machine's own PostgreSQL (the one of the wheel is built without TLS); by TCP only encrypted, with login."""
-    server = Postgres(servers_directory / "pgtls", machine_binaries(), tcp=True)
-    folder = servers_directory / "pgtls-files"
-    folder.mkdir(mode=0o755)
-    rules = folder / "pg_hba.conf"
-    rules.write_text(
-        "local all all trust\n"
-        "hostssl all service 127.0.0.1/32 scram-sha-256\n"
-        "hostssl all certified 127.0.0.1/32 cert map=anybody\n"
-    )
-    (folder / "pg_ident.conf").write_text("anybody service certified\n")
-    for name, source in (("server.pem", files.server), ("server-key.pem", files.server_key), ("ca.pem", files.ca)):
-        (folder / name).write_bytes(source.read_bytes())
-    (folder / "server-key.pem").chmod(0o600)
-    if account := unprivileged_account():
-        os.chown(folder / "server-key.pem", pwd.getpwnam(account).pw_uid, -1)
-    server.options = {
-        **NO_FSYNC,
-        "hba_file": str(rules),
-        "ident_file": str(folder / "pg_ident.conf"),
-        "ssl": "on",
-        "ssl_cert_file": str(folder / "server.pem"),
-        "ssl_key_file": str(folder / "server-key.pem"),
-        "ssl_ca_file": str(folder / "ca.pem"),
-    }
+    """By TCP only encrypted: the role `service` by password, `certified` by certificate."""
 
-    async def make_roles() -> None:
+    async def make_roles(server: Postgres) -> None:
         connection = await asyncpg.connect(host=str(server.directory), port=server.port, user="postgres")
         await connection.execute(f"CREATE ROLE service SUPERUSER LOGIN PASSWORD '{DATABASE_PASSWORD}'")
         await connection.execute("CREATE ROLE certified SUPERUSER LOGIN")
         await connection.close()
 
-    try:
-        server.start()
-        asyncio.run(make_roles())
+    with postgres_with_tls(servers_directory / "pgtls", files) as server:
+        asyncio.run(make_roles(server))
         yield server
-    finally:
-        server.stop()
 
 
 RIGHT = f"service:{DATABASE_PASSWORD}"
@@ -588,3 +504,152 @@ async def test_a_database_without_tls_is_refused_where_tls_is_asked_for(
             await assert_refused(wrong, *arguments, about="DATABASE_URL: the server has no TLS")
     finally:
         server.stop()
+
+
+PLANTED = ("planted.prospect@example.org", "Plantina", "https://example.org/planted-profile", "planted-custom-field")
+ADDRESS, NAME, PROFILE, FIELD = PLANTED
+WRONG_TOKEN = "hunter2-wrong-token"
+ROW_IN_DETAIL = f"""
+CREATE FUNCTION quote_row() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    RAISE EXCEPTION USING ERRCODE = 'check_violation', MESSAGE = 'row of {NAME} violates a check',
+        DETAIL = 'Failing row contains ({ADDRESS}, {PROFILE}).', HINT = 'look at {FIELD}'; END $$"""
+BAD_RECORDS: list[bytes] = [
+    f"{ADDRESS} is no JSON".encode(),
+    f"{ADDRESS} \xff".encode("latin-1"),
+    json.dumps({"email": ADDRESS, "name": NAME}).encode(),
+    json.dumps({**hint(uuid4()), "type": ADDRESS}).encode(),
+    json.dumps(hint(ADDRESS)).encode(),
+    json.dumps(hint(uuid4(), data={"prospect_id": ADDRESS, "to_status": {NAME: FIELD}})).encode(),
+    json.dumps({**hint(uuid4()), "source": [ADDRESS], NAME: PROFILE}).encode(),
+    json.dumps(sync_request(uuid4(), data={"user_id": ADDRESS})).encode(),
+    json.dumps({**sync_request(uuid4()), "data": f"{ADDRESS} {NAME}"}).encode(),
+]
+
+
+def assert_nothing_planted(texts: Mapping[str, str]) -> None:
+    """Names the text, and what shows in it: neither secrets nor what was planted into rows and records may."""
+    shown = [
+        (where, secret)
+        for where, text in texts.items()
+        for secret in (*SECRETS, *PLANTED, WRONG_TOKEN)
+        if secret in text
+    ]
+    assert not shown
+
+
+@pytest.mark.machine_postgres
+async def test_nothing_planted_shows_in_a_whole_run_with_every_kind_of_failure(
+    service: StartService, bus: Bus, environment: dict[str, str], kafka: ApacheKafka, files: Files,
+    tls_database: TlsDatabase,
+) -> None:  # fmt: skip
+    url = tls_database.url(sslmode="verify-full", sslrootcert=files.ca)
+    environment.update(scram(kafka, files), DATABASE_URL=url)
+    db = await connected(url)
+    good = await add_campaign(db, REFERENCE)
+    poisoned, bouncing = await add_campaign(db, {"sent": 3}), await add_campaign(db, {"sent": 95, "bounced": 5})
+    await db.execute(
+        "UPDATE campaign_prospects SET email = $1, first_name = $2, name = $2, linkedin_url = $3, custom_fields = $4",
+        ADDRESS, NAME, PROFILE, {"field": FIELD},
+    )  # fmt: skip
+    await db.execute(ROW_IN_DETAIL)
+    await db.execute(
+        f"CREATE TRIGGER quote BEFORE UPDATE ON campaigns FOR EACH ROW WHEN (OLD.id = '{poisoned}')"
+        " EXECUTE FUNCTION quote_row()"
+    )
+    with pytest.raises(asyncpg.CheckViolationError) as quoting:  # what the service meets
+        await db.execute("UPDATE campaigns SET name = name WHERE id = $1", poisoned)
+    assert [planted for planted in PLANTED if planted in str(quoting.value)] == list(PLANTED)
+
+    names, link = bus.topics, broker.Connection(bus.bootstrap, {})
+    paused, rejected = names.of("campaign.paused.v1"), names.of("campaign.sync_rejected.v1")
+    await broker.delete_topics(link, [paused])
+
+    async def tiny() -> bool:  # deleting takes a moment
+        settings = {paused: {"max.message.bytes": "100"}}
+        return bool(await broker.create_topics(link, settings, partitions=1, replication=1))
+
+    await eventually(tiny, "a topic that no pause fits into")
+    running = await service(sweep_interval_s=0.5)
+    await broker.delete_topics(link, [rejected])
+    texts: dict[str, str] = {}
+
+    hints, requests = names.read
+    header = [("x-prospect", ADDRESS.encode())]
+    for record in BAD_RECORDS:
+        await bus.publish(hints, record, headers=header)
+    for campaign_id in (good, poisoned, bouncing):
+        await bus.publish(hints, hint(campaign_id, data={"email": ADDRESS, "name": NAME}), headers=header)
+    await bus.publish(requests, sync_request(uuid4(), data={"reason": FIELD}), headers=header)
+
+    async def all_happened() -> bool:
+        kept = await bus.read(names.dead_letters)
+        aside = await db.fetchval("SELECT count(*) FROM campaign_stats.outbox WHERE set_aside_at IS NOT NULL")
+        failing = await db.fetchval("SELECT count(*) FROM campaign_stats.campaign_state WHERE failures > 0")
+        return (len(kept), aside, failing) == (len(BAD_RECORDS), 1, 1) and "relay" in (await running.get("/readyz"))[1]
+
+    await eventually(all_happened, "every kind of failure came", running)
+    kept = await bus.read(names.dead_letters)
+    assert any(ADDRESS.encode() in record.value for record in kept), "whole, as they came"
+    added = [dict(record.headers) for record in kept]
+    texts["dead letters"] = str([{k: v for k, v in one.items() if k.startswith("dead-letter-")} for one in added])
+    assert {one["dead-letter-reason"].decode() for one in added} == {
+        "not_json", "not_utf8", "not_cloudevent", "unknown_type", "invalid_campaign_id", "invalid_data",
+    }  # fmt: skip
+
+    async with aiohttp.ClientSession() as session:
+        for path, token in (
+            (good, API_TOKEN), (poisoned, API_TOKEN), (good, WRONG_TOKEN), (ADDRESS, API_TOKEN), (uuid4(), API_TOKEN),
+        ):  # fmt: skip
+            where = f"http://127.0.0.1:{running.api_port}/api/campaigns/{path}/sync-stats?email={ADDRESS}"
+            login = {"Authorization": f"Bearer {token}", "X-Prospect": ADDRESS}
+            async with session.post(where, headers=login, data=NAME) as response:
+                texts[f"API {response.status}"] = f"{await response.text()} {dict(response.headers)}"
+        async with session.get(f"http://127.0.0.1:{running.api_port}/{ADDRESS}") as response:
+            texts["API, no path"] = await response.text()
+    assert texts.keys() > {"API 200", "API 503", "API 401", "API 400", "API 404"}
+    for path in ("/metrics", "/livez", "/readyz", "/", f"/{ADDRESS}"):
+        texts[path] = (await running.get(path))[1]
+    for arguments in (
+        "doctor", "drift", "deferred list", "outbox list", "dead-letters list", "dead-letters list --json",
+        f"why {good}", "deferred retry --all", "topics",
+    ):  # fmt: skip
+        _, out, error = await command(environment, *arguments.split())
+        texts[arguments] = out + error
+    for table in migrations.OWN_RIGHTS:
+        rows = await db.fetchval(f"SELECT string_agg(t::text, ' ') FROM campaign_stats.{table} AS t")
+        texts[f"table {table}"] = rows or ""
+    texts["bus"] = str([await bus.read(topic) for topic in names.written if topic != rejected])
+
+    await db.execute(
+        "CREATE TRIGGER quote BEFORE DELETE ON campaign_stats.outbox FOR EACH ROW EXECUTE FUNCTION quote_row()"
+    )
+    running.expected_exit = 1
+    await bus.publish(hints, hint(await add_campaign(db, {"sent": 1})))
+    assert await running.wait() == 1, "an error where none may be is a bug, and ends the process"
+    [crash] = running.messages("crashed")
+    assert crash["error"] == "CheckViolationError"
+    assert "relay.py" in crash["stack"]
+    assert "(23514)" in crash["stack"]
+    texts["logs"] = "\n".join(running.raw)
+    assert '"level": "debug"' in texts["logs"], "DEBUG was on"
+
+    for name, wrong in (
+        ("Kafka", {"CAMPAIGN_STATS_KAFKA_SASL_PASSWORD": WRONG_TOKEN}),
+        ("database", {"DATABASE_URL": url.replace(DATABASE_PASSWORD, WRONG_TOKEN)}),
+        ("tokens", {"CAMPAIGN_STATS_API_TOKENS": json.dumps({API_TOKEN: ADDRESS})}),
+    ):
+        for arguments in ("run", "doctor"):
+            code, out, error = await command({**environment, **wrong}, arguments)
+            assert code == 2, out + error
+            texts[f"{arguments}, refused by {name}"] = out + error
+    await db.execute("ALTER TABLE campaign_stats.deferred RENAME TO gone")
+    await db.execute(
+        "CREATE FUNCTION quote_query() RETURNS SETOF campaign_stats.gone LANGUAGE plpgsql AS $$ BEGIN"
+        f" RAISE EXCEPTION USING ERRCODE = 'data_exception', MESSAGE = 'row of {NAME}', DETAIL = '{ADDRESS}'; END $$"
+    )
+    await db.execute("CREATE VIEW campaign_stats.deferred AS SELECT * FROM quote_query()")
+    code, out, error = await command(environment, "deferred", "list")
+    assert (code, "DataError (22000)" in error) == (1, True), out + error
+    texts["a command that fails"] = out + error
+    await db.close()
+    assert_nothing_planted(texts)
