@@ -87,6 +87,7 @@ PLANTED = [
      "needs no SELECT on email of public.campaign_prospects: take it away"),
     ("roles", agreement.ROLES, "GRANT UPDATE (stats, last_synced_at, updated_at, status, pause_reason)",
      "GRANT UPDATE", "a right on a whole table"),
+    ("roles", agreement.ROLES, "('sweep', 'SELECT, UPDATE')", "('sweep', 'SELECT')", "VALUES, sweep: SELECT, but the"),
     ("references", agreement.PRODUCTION, "newTag: 0.1.0", "newTag: latest", "images: newTag ['latest']"),
     ("references", DOCKERFILE, "ARG VERSION=0.1.0", "ARG VERSION=0.0.9", "ARG VERSION: "),
     ("references", DOCKERFILE, "USER 10001:10001", "USER app", "Dockerfile, USER: two numbers"),
