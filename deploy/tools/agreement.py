@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from consumer import cli, migrations
+from consumer.broker import needed_rights
 from consumer.doctor.kafka import PARTITIONS, REPLICATION
 from consumer.errors import ConfigError
 from consumer.settings import PREFIX, Settings
@@ -50,11 +51,11 @@ LIVEZ: Final = "livez.py"
 
 NEEDED: Final = {"DATABASE_URL": "postgresql://somebody@somewhere/product", "KAFKA_BOOTSTRAP_SERVERS": "somewhere:9092"}
 FLUSH_S: Final = 1.0  # beyond SHUTDOWN_DEADLINE_S (deploy/README.md)
-SERVICE_RIGHTS: Final = {"read": {"Describe", "Read"}, "written": {"Describe", "Write"}, "group": {"Read"}}
-OPERATOR_RIGHTS: Final = {  # each is told in kafka/users.yaml
-    "read": {"Describe", "DescribeConfigs", "Read", "Write"},
-    "written": {"Describe", "DescribeConfigs", "Read"},
-    "group": {"Describe", "Read"},
+SERVICE_RIGHTS: Final = {"Read topic": {"Describe"}, "Write topic": {"Describe"}}  # beside what it needs itself
+OPERATOR_RIGHTS: Final = {  # instead of what the service needs; each is told in kafka/users.yaml
+    "Read topic": {"Describe", "DescribeConfigs", "Read", "Write"},
+    "Write topic": {"Describe", "DescribeConfigs", "Read"},
+    "Read group": {"Describe", "Read"},
 }
 CUSTOM_KEYS: Final = {  # kinds that Kubernetes has no schema for: what may stand in their spec
     "KafkaTopic": {"partitions", "replicas", "config", "topicName"},
@@ -370,9 +371,12 @@ def acl_problems(given: Files) -> Sequence[str]:
     for name, rights in ((login, SERVICE_RIGHTS), (f"{login}-operator", OPERATOR_RIGHTS)):
         if name not in users:
             continue
-        wanted = {("topic", topic): rights["read"] for topic in Topics().read}
-        wanted |= {("topic", topic): rights["written"] for topic in (*Topics().written, Topics().dead_letters)}
-        wanted["group", read({}).group] = rights["group"]
+        wanted: dict[tuple[str, str], set[str]] = {}
+        for right in needed_rights(Topics(), read({}).group):
+            also = rights.get(f"{right.operation} {right.resource}", set())
+            wanted.setdefault((right.resource, right.name), set()).update(also)
+            if name == login:
+                wanted[right.resource, right.name].add(right.operation)
         seen: dict[tuple[str, str], set[str]] = {}
         for acl in users[name]["authorization"]["acls"]:
             resource = acl["resource"]
@@ -409,6 +413,14 @@ def role_problems(given: Files) -> Sequence[str]:
     for table, right, needed in (*migrations.RUN_RIGHTS, *migrations.API_RIGHTS):
         wanted.setdefault((table, right), set()).update(needed)
     found = []
+    own = {table: set(rights.split(", ")) for table, rights in re.findall(r"\('(\w+)', '([A-Z, ]+)'\)", text)}
+    for table in sorted(own.keys() | migrations.OWN_RIGHTS.keys()):
+        least = set(migrations.OWN_RIGHTS.get(table, ()))
+        if (has := own.get(table, set())) != least:
+            found.append(
+                f"deploy/{ROLES}, VALUES, {table}: {', '.join(sorted(has)) or 'nothing'}, but the least is"
+                f" {', '.join(sorted(least)) or 'nothing'}: make it that"
+            )
     for table, right in sorted(wanted.keys() | granted.keys()):
         needs, has = wanted.get((table, right), set()), granted.get((table, right), set())
         if needs - has:

@@ -30,7 +30,7 @@ def test_deploy_agrees_with_the_code(name: str) -> None:
 PLANTED = [
     # check, file, what stands there, what is planted, what must be said: file, key, fix
     ("settings", BASE, "_KAFKA_SSL_CAFILE", "_KAFKA_SSL_CA_FILE", "CAMPAIGN_STATS_KAFKA_SSL_CA_FILE is no setting"),
-    ("settings", "adopting.md", "_GUARD_MODE=observe", "_GUARD=observe", "CAMPAIGN_STATS_GUARD is no setting"),
+    ("settings", "adopting.md", "GUARD_MODE=observe", "GUARD=observe", "CAMPAIGN_STATS_GUARD is no setting"),
     ("settings", BASE, "SCRAM-SHA-512", "SCRAM-SHA-1", "configMapGenerator: CAMPAIGN_STATS_KAFKA_SASL_MECHANISM: "),
     ("settings", BASE, "SASL_SSL", "SASL_TLS", "configMapGenerator: CAMPAIGN_STATS_KAFKA_SECURITY_PROTOCOL: "),
     ("settings", COMPOSE, "kafka:9092\n      CAMPAIGN", "kafka:99999\n      CAMPAIGN", "services.campaign-stats: "),
@@ -87,6 +87,7 @@ PLANTED = [
      "needs no SELECT on email of public.campaign_prospects: take it away"),
     ("roles", agreement.ROLES, "GRANT UPDATE (stats, last_synced_at, updated_at, status, pause_reason)",
      "GRANT UPDATE", "a right on a whole table"),
+    ("roles", agreement.ROLES, "('sweep', 'SELECT, UPDATE')", "('sweep', 'SELECT')", "VALUES, sweep: SELECT, but the"),
     ("references", agreement.PRODUCTION, "newTag: 0.1.0", "newTag: latest", "images: newTag ['latest']"),
     ("references", DOCKERFILE, "ARG VERSION=0.1.0", "ARG VERSION=0.0.9", "ARG VERSION: "),
     ("references", DOCKERFILE, "USER 10001:10001", "USER app", "Dockerfile, USER: two numbers"),
