@@ -12,7 +12,7 @@ from typing import Final
 
 from msgspec.structs import replace as msgspec_replace
 from opentelemetry import trace
-from opentelemetry.trace import Link, SpanContext, SpanKind, TraceFlags
+from opentelemetry.trace import Link, SpanContext, SpanKind, StatusCode, TraceFlags
 
 from consumer.envelope import Cause
 from consumer.generation import Work
@@ -76,9 +76,16 @@ def _span(name: str, kind: SpanKind, traceparents: Iterable[str], count: int) ->
         "messaging.batch.message_count": count,
     }
     links = [Link(context) for context in contexts[:LINKS_AT_MOST]]
-    with trace.get_tracer("campaign-stats").start_as_current_span(name, parent, kind, attributes, links) as span:
+    tracer = trace.get_tracer("campaign-stats")
+    with tracer.start_as_current_span(
+        name, parent, kind, attributes, links, record_exception=False, set_status_on_exception=False
+    ) as span:
         own = span.get_span_context()
-        yield f"00-{own.trace_id:032x}-{own.span_id:016x}-01" if is_one and span.is_recording() else None
+        try:
+            yield f"00-{own.trace_id:032x}-{own.span_id:016x}-01" if is_one and span.is_recording() else None
+        except BaseException as error:
+            span.set_status(StatusCode.ERROR, type(error).__name__)  # never its message, which may quote a row
+            raise
 
 
 def _sampled(traceparents: Iterable[str]) -> list[SpanContext]:

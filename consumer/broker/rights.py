@@ -3,6 +3,7 @@
 import asyncio
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -22,6 +23,7 @@ from consumer.broker.link import CALL_DEADLINE_S, STOP_DEADLINE_S, Connection, c
 from consumer.errors import Unavailable
 from schemas.topics import Topics
 
+GROUP_DEADLINE_S: Final = 3.0  # a coordinator that is away holds up only those who join, not what needs no partitions
 RETRY_S: Final = 0.2  # a broker's first question about groups creates the topic they are kept in
 BIT: Final = {"Read": 3, "Write": 4}  # of the brokers' answer: the codes of Kafka's AclOperation
 NOT_TOLD: Final = -(2**31)
@@ -110,7 +112,14 @@ async def _of_topics(admin: Any, topics: Sequence[str]) -> dict[tuple[str, str],
 
 
 async def _of_group(admin: Any, group: str) -> int | None:
-    """The same for a group; None when nobody says."""
+    """The same for a group; None when nobody says, in a while: whoever joins then hears of it."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(GROUP_DEADLINE_S):
+            return await _told_by_coordinator(admin, group)
+    return None
+
+
+async def _told_by_coordinator(admin: Any, group: str) -> int | None:
     while True:
         try:
             coordinator = await admin.find_coordinator(group)
@@ -128,6 +137,20 @@ async def _of_group(admin: Any, group: str) -> int | None:
             await asyncio.sleep(RETRY_S)
         else:
             return int(operations)
+
+
+async def unreadable(client: Any, topics: Sequence[str]) -> list[str]:
+    """Those of the topics that we may not read, in order, as far as the brokers tell. Raises what the client raises."""
+    try:
+        answer = await client.send(client.get_random_node(), _AskTopics(topics))
+    except (IncompatibleBrokerVersion, NotImplementedError):
+        return []
+    may_read = {
+        name
+        for code, name, *_, operations in answer.topics
+        if code != TopicAuthorizationFailedError.errno and (operations == NOT_TOLD or operations >> BIT["Read"] & 1)
+    }
+    return [topic for topic in topics if topic not in may_read]
 
 
 async def hidden_problems(client: Any, topics: Sequence[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from aiokafka.errors import (
     IllegalStateError,
     KafkaError,
     RebalanceInProgressError,
+    TopicAuthorizationFailedError,
 )
 
 from consumer.broker.fetched import POLL_BYTES, Fetched
@@ -28,6 +30,7 @@ from consumer.broker.link import (
     close,
     reading_refused,
 )
+from consumer.broker.rights import unreadable
 from consumer.envelope import Content
 from consumer.errors import OwnershipLost, Unavailable
 from consumer.generation import Partition, Passed
@@ -159,7 +162,7 @@ class Source:
         except (IllegalStateError, CommitFailedError, RebalanceInProgressError) as error:
             raise OwnershipLost(f"commit refused: {type(error).__name__}") from error
         except (KafkaError, TimeoutError) as error:
-            raise Unavailable("kafka", f"{reading_refused(error)} while committing") from error
+            raise Unavailable("kafka", f"{await self._why(error)} while committing") from error
 
     async def ends(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """The offset after the last record of each partition. Raises Unavailable."""
@@ -172,7 +175,7 @@ class Source:
             async with asyncio.timeout(LOOK_UP_DEADLINE_S):  # `committed` would send a request for each
                 known = await self._consumer._coordinator.fetch_committed_offsets(wanted)
         except (KafkaError, TimeoutError) as error:
-            raise Unavailable("kafka", f"{type(error).__name__} while reading offsets") from error
+            raise Unavailable("kafka", f"{await self._why(error)} while reading offsets") from error
         return {(at.topic, at.partition): kept.offset for at, kept in known.items() if kept.offset >= 0}
 
     async def knock(self) -> None:
@@ -222,7 +225,7 @@ class Source:
             async with asyncio.timeout(LOOK_UP_DEADLINE_S):
                 found = await call([TopicPartition(*partition) for partition in partitions])
         except (KafkaError, TimeoutError) as error:
-            raise Unavailable("kafka", f"{type(error).__name__} while reading offsets") from error
+            raise Unavailable("kafka", f"{await self._why(error)} while reading offsets") from error
         return {(partition.topic, partition.partition): offset for partition, offset in found.items()}
 
     async def _getmany(self) -> dict[Any, list[Any]]:
@@ -231,8 +234,18 @@ class Source:
             found: dict[Any, list[Any]] = await self._consumer.getmany(timeout_ms=POLL_MS, max_records=POLL_RECORDS)
         except KafkaError as error:
             self._revive()
-            raise Unavailable("kafka", f"{reading_refused(error)} while reading") from error
+            raise Unavailable("kafka", f"{await self._why(error)} while reading") from error
         return found
+
+    async def _why(self, error: BaseException) -> str:
+        """With the topic, which the client leaves out where a right is lost between joining and the first fetch."""
+        why = reading_refused(error)
+        if "may not" not in why and TopicAuthorizationFailedError.__name__ in f"{why} {error}":
+            with suppress(KafkaError, TimeoutError):
+                async with asyncio.timeout(LOOK_UP_DEADLINE_S):
+                    if closed := await unreadable(self._consumer._client, self._topics):
+                        return f"the user may not Read topic {', '.join(closed)}"
+        return why
 
     def _revive(self) -> None:
         """Join again where a task of the client died, as of a right to the group that was lost for a moment.

@@ -43,7 +43,7 @@ PASSWORD = "hunter2-rights"
 TOKEN = "hunter2-rights-token"
 ROLE = "limited"
 RIGHTS = [f"{right.operation} {right.name}" for right in broker.needed_rights(Topics(), "the group")]
-CODES = {"topic": 2, "group": 3, "Read": 3, "Write": 4}  # of Kafka's protocol
+CODES = {"topic": 2, "group": 3, "Read": 3, "Write": 4, "Describe": 8}  # of Kafka's protocol
 ALLOW, ANY, LITERAL = 3, 1, 3
 
 
@@ -182,6 +182,13 @@ class Acls:
             answer = await self._admin._send_request(CreateAclsRequest(*place, CODES[right.operation], ALLOW))
             assert [code for code, _ in answer.creation_responses] == [0]
         await self._settled(without=())
+
+    async def let_see(self, *rights: Right) -> None:
+        """Their topics and groups, and no more."""
+        for right in rights:
+            place = (CODES[right.resource], right.name, LITERAL, "User:service", "*")
+            answer = await self._admin._send_request(CreateAclsRequest(*place, CODES["Describe"], ALLOW))
+            assert [code for code, _ in answer.creation_responses] == [0]
 
     async def forbid(self, *rights: Right) -> None:
         for right in rights:
@@ -339,6 +346,19 @@ async def test_without_a_single_right_in_kafka_run_and_doctor_name_it(
     await acls.allow(right)
     assert await doctors_words() == []
     assert (await command(environment, "run", "--until-caught-up"))[0] == 0
+
+
+async def test_what_may_be_seen_but_not_used_is_named_too(environment: dict[str, str], bus: Bus, acls: Acls) -> None:
+    """Where Describe is granted by itself a missing right hides nothing."""
+    rights = list(acls.needed.values())
+    await acls.let_see(*rights)
+    await acls.forbid(*rights)
+    code, _, error = await command(environment, "run")
+    assert code == 2
+    sentences = error.splitlines()
+    assert [sentence.startswith(f"campaign-stats: {lacks(right)}") for sentence, right in zip(
+        sentences, rights, strict=True
+    )] == [True] * len(rights)  # fmt: skip
 
 
 async def test_without_any_right_all_are_listed_and_the_command_told_gives_one(

@@ -96,3 +96,21 @@ async def test_a_batch_is_one_span_linked_to_the_sampled_traces_only(
         before = by_id[event["causationid"]]
         assert event["traceparent"][3:35] == before[3:35], "each stays in the trace it came in"
         assert event["traceparent"] == before or before[3:35] in alone
+
+
+async def test_a_span_of_work_that_failed_says_the_kind_of_error_and_quotes_no_row(
+    service: StartService, bus: Bus, db: asyncpg.Connection, spans_file: Path
+) -> None:
+    campaign = await add_campaign(db, {"sent": 1})
+    await db.execute(
+        """CREATE FUNCTION quote_row() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+               RAISE EXCEPTION USING ERRCODE = 'check_violation', MESSAGE = 'row of planted@example.org',
+                   DETAIL = 'planted@example.org'; END $$;
+           CREATE TRIGGER quote BEFORE UPDATE ON campaigns FOR EACH ROW EXECUTE FUNCTION quote_row()"""
+    )
+    one = await service(module="tests.service.with_tracing")
+    await bus.publish(bus.topics.of(events.STATUS_CHANGED), hint(campaign, traceparent=f"00-{TRACE}-{SENDER}-01"))
+    await eventually(lambda: one.messages("chunk failed, its campaigns are deferred one by one"), service=one)
+    spans = await spans_of(one, spans_file)
+    assert "ERROR CheckViolationError" in [span["status"] for span in spans]
+    assert "planted@example.org" not in spans_file.read_text()

@@ -27,6 +27,8 @@ def told(span: ReadableSpan) -> dict[str, Any]:
         "parent": None if span.parent is None else f"{span.parent.span_id:016x}",
         "links": [f"{link.context.trace_id:032x}" for link in span.links],
         "attributes": dict(span.attributes or {}),
+        "status": f"{span.status.status_code.name} {span.status.description or ''}",
+        "events": [f"{event.name} {dict(event.attributes or {})}" for event in span.events],
     }
 
 
