@@ -15,6 +15,7 @@ RULES: Final = FOLDER / "rules.yaml"
 CONFIGURATION: Final = FOLDER / "prometheus.yml"
 TESTS: Final = {1: FOLDER / "rules_test.yaml", 30: FOLDER / "rules_days_test.yaml"}  # by minutes from value to value
 RUNBOOK: Final = ROOT / "deploy" / "runbook.md"
+GROUPS: Final = {"recorded": "campaign-stats objectives", "alerts": "campaign-stats alerts"}
 HOW_TO_WRITE: Final = "make deploy-files"
 WRITTEN: Final = "# Written from deploy/tools/alerts.py by `make deploy-files`.\n"
 
@@ -29,8 +30,8 @@ def rules(faster: int = 1) -> dict[str, Any]:
         for window in WINDOWS
     ]
     groups: list[dict[str, Any]] = [
-        {"name": "campaign-stats objectives", "rules": recorded},
-        {"name": "campaign-stats alerts", "rules": [_rule(alert) for alert in ALERTS]},
+        {"name": GROUPS["recorded"], "rules": recorded},
+        {"name": GROUPS["alerts"], "rules": [_rule(alert) for alert in ALERTS]},
     ]
     if faster > 1:
         for group in groups:
@@ -81,7 +82,12 @@ def tests_text(step: int) -> str:
         for case, what, expected in ((alert.fires, "fires", [fired]), (alert.silent, "stays silent", [])):
             if case.step == step:
                 tests.append(_test(alert, what, case, expected))
-    document = {"rule_files": [RULES.name], "evaluation_interval": f"{step}m", "tests": tests}
+    document = {
+        "rule_files": [RULES.name],
+        "evaluation_interval": f"{step}m",
+        "group_eval_order": [GROUPS["recorded"], GROUPS["alerts"]],  # else any order, and alerts lag a step behind
+        "tests": tests,
+    }
     return WRITTEN + _yaml(document)
 
 
