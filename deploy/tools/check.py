@@ -7,11 +7,15 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
 from deploy.tools import agreement, catalogue, dashboard, image, rules, validators
 from deploy.tools.programs import MissingProgram
+
+
+AT_ONCE: Final = 2  # most of them wait for a program
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +90,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{check.name:<14} {check.what}")
         return 0
     wrong = 0
-    for check in chosen:
-        begun = time.monotonic()
-        problems = problems_of(check)
-        wrong += bool(problems)
-        print(f"{'WRONG' if problems else 'ok':<6}{check.name:<14} {check.what} ({time.monotonic() - begun:.1f} s)")
-        for problem in problems:
-            print(f"      {problem}")
-        sys.stdout.flush()
+    with ThreadPoolExecutor(AT_ONCE) as workers:
+        running = [workers.submit(_timed, check) for check in reversed(chosen)]  # those that take long begin first
+        for check, done in zip(chosen, reversed(running), strict=True):
+            problems, seconds = done.result()
+            wrong += bool(problems)
+            print(f"{'WRONG' if problems else 'ok':<6}{check.name:<14} {check.what} ({seconds:.1f} s)")
+            for problem in problems:
+                print(f"      {problem}")
+            sys.stdout.flush()
     return 1 if wrong else 0
+
+
+def _timed(check: Check) -> tuple[Sequence[str], float]:
+    begun = time.monotonic()
+    return problems_of(check), time.monotonic() - begun
 
 
 if __name__ == "__main__":

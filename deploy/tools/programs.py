@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
@@ -13,6 +14,7 @@ TOOLS: Final = ROOT / ".cache" / "deploy-tools"
 LOCK: Final = Path(__file__).parent / "requirements.lock"
 INSTALL_S: Final = 600
 RUN_S: Final = 300
+_installing: Final = Lock()  # checks run side by side
 
 
 class MissingProgram(Exception):
@@ -22,6 +24,11 @@ class MissingProgram(Exception):
 @cache
 def debian(program: str, package: str) -> str:
     """The path of a program of Debian's `package`, installed if this may be done. Raises MissingProgram."""
+    with _installing:
+        return _debian(program, package)
+
+
+def _debian(program: str, package: str) -> str:
     if found := shutil.which(program):
         return found
     if os.geteuid() == 0 and shutil.which("apt-get"):
@@ -45,6 +52,11 @@ def pypi(program: str) -> str:
 
     Raises MissingProgram.
     """
+    with _installing:
+        return _pypi(program)
+
+
+def _pypi(program: str) -> str:
     ready = TOOLS / ".ready"
     if not ready.exists() or ready.stat().st_mtime < LOCK.stat().st_mtime:
         for command in (
