@@ -14,7 +14,6 @@ from typing import Final
 from deploy.tools import agreement, catalogue, dashboard, image, rules, validators
 from deploy.tools.programs import MissingProgram
 
-
 AT_ONCE: Final = 2  # most of them wait for a program
 
 
