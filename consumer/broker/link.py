@@ -33,7 +33,7 @@ from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.group import JoinGroupRequest, SyncGroupRequest
 from aiokafka.protocol.produce import ProduceRequest
 
-from consumer.errors import ConfigError, ServiceError, Unavailable
+from consumer.errors import MAY_NOT, ConfigError, ServiceError, Unavailable
 
 POLL_RECORDS: Final = 500  # 4 000 costs 1.6x the CPU per record (measured)
 POLL_MS: Final = 500
@@ -206,9 +206,9 @@ def reading_refused(error: BaseException) -> str:
     if isinstance(names, set | frozenset | list | tuple):
         names = ", ".join(sorted(map(str, names)))
     if isinstance(error, TopicAuthorizationFailedError) and names:
-        return f"the user may not Read topic {names}"
+        return f"{MAY_NOT} Read topic {names}"
     if isinstance(error, GroupAuthorizationFailedError) and names:
-        return f"the user may not Read group {str(names).removeprefix('Unable to get coordinator id for ')}"
+        return f"{MAY_NOT} Read group {str(names).removeprefix('Unable to get coordinator id for ')}"
     return type(error).__name__
 
 
