@@ -10,9 +10,12 @@ ServiceError
 
 import traceback
 from collections.abc import Sequence
-from typing import Literal
+from typing import Final, Literal
 
 from schemas.events import DeadLetterReason
+
+MAY_NOT: Final = "the user may not"
+"""How the detail of an Unavailable begins that only a person can end, by giving a right back."""
 
 
 class ServiceError(Exception):

@@ -9,7 +9,7 @@ from typing import Final, Literal, TypeVar
 
 import structlog
 
-from consumer.errors import ServiceError, Unavailable
+from consumer.errors import MAY_NOT, ServiceError, Unavailable
 
 T = TypeVar("T")
 Dependency = Literal["database", "kafka", "relay"]
@@ -40,6 +40,7 @@ class Health:
     polled_at: float = field(default_factory=time.monotonic)
     progressed_at: float = field(default_factory=time.monotonic)
     _away: dict[tuple[Dependency, str], float] = field(default_factory=dict)
+    _lacking: dict[str, set[str]] = field(default_factory=dict)
 
     @property
     def degraded(self) -> list[Dependency]:
@@ -67,13 +68,20 @@ class Health:
         self.progressed_at = time.monotonic()
 
     def lost(self, dependency: Dependency, who: str, why: str) -> None:
-        """`who` cannot do its work because of `dependency`; logged once until it recovers."""
-        if (dependency, who) not in self._away:
+        """`who` cannot do its work because of `dependency`; logged once until it recovers, and once more when it turns
+        out that a right is lacking.
+        """
+        is_new = (dependency, who) not in self._away
+        if is_new:
             self._away[dependency, who] = time.monotonic()
+        if is_new or (why.startswith(MAY_NOT) and why not in self._lacking.get(who, ())):
             log.warning("dependency lost", dependency=dependency, engine=who, why=why)
+        if why.startswith(MAY_NOT):
+            self._lacking.setdefault(who, set()).add(why)
 
     def recovered(self, who: str) -> None:
         """`who` works again."""
+        self._lacking.pop(who, None)
         for dependency, engine in [key for key in self._away if key[1] == who]:
             seconds = time.monotonic() - self._away.pop((dependency, engine))
             log.info("dependency recovered", dependency=dependency, engine=who, seconds=round(seconds, 3))

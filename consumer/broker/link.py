@@ -32,8 +32,9 @@ from aiokafka.protocol.commit import OffsetFetchResponse_v2, OffsetFetchResponse
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.group import JoinGroupRequest, SyncGroupRequest
 from aiokafka.protocol.produce import ProduceRequest
+from aiokafka.structs import TopicPartition
 
-from consumer.errors import ConfigError, ServiceError, Unavailable
+from consumer.errors import MAY_NOT, ConfigError, ServiceError, Unavailable
 
 POLL_RECORDS: Final = 500  # 4 000 costs 1.6x the CPU per record (measured)
 POLL_MS: Final = 500
@@ -202,13 +203,13 @@ async def refused_is_an_error(connection: Connection) -> AsyncIterator[None]:
 
 def reading_refused(error: BaseException) -> str:
     """What the client met while it read, in the words of Right where it is a right that is lacking."""
-    names: object = error.args[0] if error.args else ""
-    if isinstance(names, set | frozenset | list | tuple):
-        names = ", ".join(sorted(map(str, names)))
+    given: Any = error.args[0] if error.args else ""
+    found = [given] if isinstance(given, (str, TopicPartition)) else list(given) if isinstance(given, set) else []
+    names = ", ".join(sorted({one.topic if isinstance(one, TopicPartition) else str(one) for one in found}))
     if isinstance(error, TopicAuthorizationFailedError) and names:
-        return f"the user may not Read topic {names}"
+        return f"{MAY_NOT} Read topic {names}"
     if isinstance(error, GroupAuthorizationFailedError) and names:
-        return f"the user may not Read group {str(names).removeprefix('Unable to get coordinator id for ')}"
+        return f"{MAY_NOT} Read group {names.removeprefix('Unable to get coordinator id for ')}"
     return type(error).__name__
 
 

@@ -24,7 +24,7 @@ from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from consumer.broker.link import CALL_DEADLINE_S, Connection, be_impatient, close, refused_is_an_error
 from consumer.broker.rights import hidden_problems
-from consumer.errors import ConfigError, Unavailable
+from consumer.errors import MAY_NOT, ConfigError, Unavailable
 
 SEND_DEADLINE_S: Final = 10.0  # with PRODUCER_DEADLINE_S below idle_in_transaction_session_timeout: the relay sends
 PRODUCER_DEADLINE_S: Final = 8.0  # inside a transaction
@@ -238,7 +238,7 @@ class Publisher:
             except (KafkaError, OSError, TimeoutError) as error:
                 await _abandon(producer, requests)
                 is_forbidden = isinstance(error, ClusterAuthorizationFailedError)  # an idempotent one takes a topic
-                why = "the user may not Write any topic" if is_forbidden else type(error).__name__
+                why = f"{MAY_NOT} Write any topic" if is_forbidden else type(error).__name__
                 raise Unavailable("kafka", f"{why} while starting a producer") from error
             except asyncio.CancelledError:
                 await _abandon(producer, requests)
@@ -341,7 +341,7 @@ def _absent(producer: Any, topic: str) -> Sent:
 
 
 def _forbidden(topic: str) -> Sent:
-    return Sent(f"the user may not Write topic {topic}", closed=True)
+    return Sent(f"{MAY_NOT} Write topic {topic}", closed=True)
 
 
 def _size(row: Outgoing) -> int:

@@ -20,7 +20,7 @@ from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.types import Array, Boolean, Int16, Int32, Schema, String
 
 from consumer.broker.link import CALL_DEADLINE_S, STOP_DEADLINE_S, Connection, close, refused_is_an_error
-from consumer.errors import Unavailable
+from consumer.errors import MAY_NOT, Unavailable
 from schemas.topics import Topics
 
 GROUP_DEADLINE_S: Final = 3.0  # a coordinator that is away holds up only those who join, not what needs no partitions
@@ -41,7 +41,7 @@ class Right:
     @property
     def problem(self) -> str:
         """What is wrong where it is lacking."""
-        return f"Kafka: the user may not {self.operation} {self.resource} {self.name} ({self.why})"
+        return f"Kafka: {MAY_NOT} {self.operation} {self.resource} {self.name} ({self.why})"
 
     def grant(self, connection: Connection) -> str:
         """The command that gives it, for those who may do everything; `client.properties` holds their login."""
@@ -166,7 +166,7 @@ async def hidden_problems(client: Any, topics: Sequence[str]) -> dict[str, str]:
     except (IncompatibleBrokerVersion, NotImplementedError):
         return {}
     return {
-        name: f"Kafka: the user may not see topic {name}: deploy/README.md says which right it takes"
+        name: f"Kafka: {MAY_NOT} see topic {name}: deploy/README.md says which right it takes"
         for code, name, *_ in answer.topics
         if code == TopicAuthorizationFailedError.errno
     }

@@ -32,7 +32,7 @@ from consumer.broker.link import (
 )
 from consumer.broker.rights import unreadable
 from consumer.envelope import Content
-from consumer.errors import OwnershipLost, Unavailable
+from consumer.errors import MAY_NOT, OwnershipLost, Unavailable
 from consumer.generation import Partition, Passed
 
 LEAVE_DEADLINE_S: Final = 5.0  # a join under way must end first, else the group waits for us until the session ends
@@ -200,11 +200,10 @@ class Source:
                 await client.force_metadata_update()
         except (KafkaError, TimeoutError) as error:
             raise Unavailable("kafka", f"{type(error).__name__} while asking for topics") from error
-        for topic in closed:
-            if topic in client.cluster.unauthorized_topics:
-                raise Unavailable("kafka", f"the user may not Read topic {topic}")
-            if not client.cluster.partitions_for_topic(topic):
-                raise Unavailable("kafka", f"topic {topic} is missing")
+        if forbidden := await self._closed(closed):
+            raise Unavailable("kafka", f"{MAY_NOT} Read topic {', '.join(forbidden)}")
+        if missing := [topic for topic in closed if not client.cluster.partitions_for_topic(topic)]:
+            raise Unavailable("kafka", f"topic {', '.join(missing)} is missing")
 
     async def starts(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """The first offset still kept of each partition. Raises Unavailable."""
@@ -240,12 +239,17 @@ class Source:
     async def _why(self, error: BaseException) -> str:
         """With the topic, which the client leaves out where a right is lost between joining and the first fetch."""
         why = reading_refused(error)
-        if "may not" not in why and TopicAuthorizationFailedError.__name__ in f"{why} {error}":
-            with suppress(KafkaError, TimeoutError):
-                async with asyncio.timeout(LOOK_UP_DEADLINE_S):
-                    if closed := await unreadable(self._consumer._client, self._topics):
-                        return f"the user may not Read topic {', '.join(closed)}"
+        is_unnamed = MAY_NOT not in why and TopicAuthorizationFailedError.__name__ in f"{why} {error}"
+        if is_unnamed and (closed := await self._closed(self._topics)):
+            return f"{MAY_NOT} Read topic {', '.join(closed)}"
         return why
+
+    async def _closed(self, topics: Sequence[str]) -> list[str]:
+        """Those that we may not read; none when nobody says."""
+        with suppress(KafkaError, TimeoutError):
+            async with asyncio.timeout(LOOK_UP_DEADLINE_S):
+                return await unreadable(self._consumer._client, topics)
+        return []
 
     def _revive(self) -> None:
         """Join again where a task of the client died, as of a right to the group that was lost for a moment.

@@ -75,3 +75,16 @@ async def test_while_the_process_stops_unavailable_goes_through_and_stays_degrad
     with pytest.raises(Unavailable):
         await health.persist("pipeline", operation)
     assert (operation.plan, health.degraded) == ([], ["kafka"])
+
+
+async def test_an_outage_is_logged_once_and_again_only_when_it_turns_out_that_a_right_is_lacking() -> None:
+    health = Health()
+    with capture_logs() as logged:
+        for why in ("no broker", "no answer", "the user may not Read topic a", "no broker",
+                    "the user may not Read topic a", "the user may not Read group g"):  # fmt: skip
+            health.lost("kafka", "fetch", why)
+        health.recovered("fetch")
+        health.lost("kafka", "fetch", "the user may not Read topic a")
+    assert [line["why"] for line in logged if line["event"] == "dependency lost"] == [
+        "no broker", "the user may not Read topic a", "the user may not Read group g", "the user may not Read topic a",
+    ]  # fmt: skip

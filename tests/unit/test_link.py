@@ -4,15 +4,22 @@ from typing import Any
 
 import pytest
 from aiokafka.client import ConnectionGroup
-from aiokafka.errors import GroupLoadInProgressError, KafkaError, NotCoordinatorForGroupError
+from aiokafka.errors import (
+    GroupAuthorizationFailedError,
+    GroupLoadInProgressError,
+    KafkaError,
+    NotCoordinatorForGroupError,
+    TopicAuthorizationFailedError,
+)
 from aiokafka.protocol.commit import (
     OffsetFetchRequest,
     OffsetFetchResponse_v1,
     OffsetFetchResponse_v2,
     OffsetFetchResponse_v3,
 )
+from aiokafka.structs import TopicPartition
 
-from consumer.broker.link import be_impatient
+from consumer.broker.link import be_impatient, reading_refused
 
 PARTITIONS = [("prospect.status-changed", [(0, 42, "", 0)])]
 REQUEST = OffsetFetchRequest("campaign-stats", [("prospect.status-changed", [0])])
@@ -73,3 +80,19 @@ async def test_an_answer_without_an_error_of_the_whole_is_handed_out_as_it_is(an
     be_impatient(client)
     assert await client.send(1, REQUEST) is answer
     assert client.asked == [(1, REQUEST, ConnectionGroup.DEFAULT)]
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (TopicAuthorizationFailedError("a.b"), "the user may not Read topic a.b"),
+        (TopicAuthorizationFailedError(TopicPartition("a.b", 3)), "the user may not Read topic a.b"),
+        (TopicAuthorizationFailedError({"b", "a"}), "the user may not Read topic a, b"),
+        (TopicAuthorizationFailedError(), "TopicAuthorizationFailedError"),
+        (GroupAuthorizationFailedError("g"), "the user may not Read group g"),
+        (GroupAuthorizationFailedError("Unable to get coordinator id for g"), "the user may not Read group g"),
+        (KafkaError("a.b"), "KafkaError"),
+    ],
+)
+def test_a_lacking_right_is_named_in_whatever_form_the_client_hands_out_its_topic(error: KafkaError, why: str) -> None:
+    assert reading_refused(error) == why
