@@ -29,7 +29,7 @@ MAX_CARRIED: Final = 1_024  # characters of an id; longer ones would make a paus
 _CAMPAIGN_ID: Final = re.compile(CAMPAIGN_ID_PATTERN)
 _ANY_ID: Final = re.compile(ANY_ID_PATTERN)
 _TYPE: Final = re.compile(r"(prospect\.status_changed|campaign\.sync_requested)\.v([1-9][0-9]{0,8})")
-_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -432,7 +432,7 @@ def _cause(event: Mapping[str, object]) -> Cause:
 
 def _well_formed(traceparent: str) -> str | None:
     """Broken tracing must not kill a good event: what is no W3C traceparent is left out."""
-    return traceparent if _TRACEPARENT.fullmatch(traceparent) else None
+    return traceparent if TRACEPARENT.fullmatch(traceparent) else None
 
 
 def _is_binary(record: Content) -> bool:

@@ -265,6 +265,12 @@ class Metrics:
         self.sweep_campaigns = self._counter(
             "sweep_campaigns", "Campaigns compared by the sweep.", "campaigns", "how much of everything drifts"
         )
+        self.sweep_interval = self._gauge(
+            "sweep_interval_seconds",
+            "How often the sweep compares all campaigns, as set; 0 when it is off.",
+            "seconds",
+            "the sweep seems to stand still: it may be meant to",
+        )
         self.sweep_laps = self._counter(
             "sweep_laps",
             "Complete laps of the sweep over all campaigns.",

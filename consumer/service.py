@@ -109,6 +109,7 @@ class Service:
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
         self._metrics = Metrics(registry)
+        self._metrics.sweep_interval.set(settings.sweep_interval_s)
         self._health = Health()
         self._database = Database(settings.database_url.get_secret_value())
         self._cdc = [settings.cdc_topic] if settings.cdc_topic else []

@@ -14,7 +14,7 @@ from msgspec.structs import replace as msgspec_replace
 from opentelemetry import trace
 from opentelemetry.trace import Link, SpanContext, SpanKind, StatusCode, TraceFlags
 
-from consumer.envelope import Cause
+from consumer.envelope import TRACEPARENT, Cause
 from consumer.generation import Work
 
 LINKS_AT_MOST: Final = 128  # as the SDK keeps by default
@@ -61,7 +61,8 @@ def _behind(works: Iterable[Work]) -> list[str]:
 def _inside(events: Iterable[bytes]) -> list[str]:
     """The traceparents of the events that have one; it stands before their data, where others may call something so."""
     heads = (event.partition(b',"data":')[0].partition(b'"traceparent":"') for event in events)
-    return [rest[:LENGTH].decode() for _, mark, rest in heads if mark]
+    found = [rest[:LENGTH].decode("ascii", "replace") for _, mark, rest in heads if mark]
+    return [one for one in found if TRACEPARENT.fullmatch(one)]
 
 
 @contextmanager

@@ -150,8 +150,13 @@ async def back_to(database_url: str, release: str) -> list[str]:
     if release not in LAST_OF:
         raise ConfigError([f"there is no way back to {release}: give one of {', '.join(LAST_OF)}"])
     async with _session(database_url) as connection, _alone(connection):
-        if await connection.fetchval("SELECT to_regclass('campaign_stats.migrations') IS NULL"):
-            return []
+        at = 0
+        if await connection.fetchval("SELECT to_regclass('campaign_stats.migrations') IS NOT NULL"):
+            at = await connection.fetchval("SELECT coalesce(max(number), 0) FROM campaign_stats.migrations")
+        if at < LAST_OF[release]:
+            raise ConfigError(
+                [f"the database is older than release {release}: run `campaign-stats migrate` of that release"]
+            )
         rows = await connection.fetch(
             "WITH gone AS (DELETE FROM campaign_stats.migrations WHERE number > $1 RETURNING number, name)"
             " SELECT name FROM gone ORDER BY number",

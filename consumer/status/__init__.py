@@ -22,6 +22,7 @@ from consumer.health import Health
 from consumer.panels import PANELS, WINDOW_S, Panel
 
 NOTE_EVERY_S: Final = 10.0  # a look at all series takes about a millisecond
+LEAST_S: Final = 1.0  # a rate of less tells nothing
 QUANTILES: Final = {"p50": 0.5, "p99": 0.99}
 
 STYLE: Final = files("consumer.status").joinpath("page.css").read_text()
@@ -66,6 +67,7 @@ class Numbers:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
         self._noted: deque[tuple[float, Series]] = deque()
+        self._since = time.monotonic()
 
     def note(self) -> None:
         """Remember the present values, at most every NOTE_EVERY_S."""
@@ -93,8 +95,8 @@ class Numbers:
         A quantile of nothing is missing.
         """
         now, series = time.monotonic(), self._read()
-        then, before = self._noted[0] if self._noted else (now, {})
-        return [(panel, _folded(panel, series, before, max(1e-9, now - then))) for panel in panels]
+        then, before = self._noted[0] if self._noted else (self._since, {})
+        return [(panel, _folded(panel, series, before, max(LEAST_S, now - then))) for panel in panels]
 
 
 def _folded(panel: Panel, series: Series, before: Series, seconds: float) -> dict[str, float]:

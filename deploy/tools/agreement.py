@@ -48,9 +48,10 @@ UNIT: Final = "systemd/campaign-stats.service"
 UNIT_ENV: Final = "systemd/environment.example"
 ROLES: Final = "postgres/roles.sql"
 LIVEZ: Final = "livez.py"
+PROMETHEUS: Final = "prometheus/prometheus.yml"
 
 NEEDED: Final = {"DATABASE_URL": "postgresql://somebody@somewhere/product", "KAFKA_BOOTSTRAP_SERVERS": "somewhere:9092"}
-FLUSH_S: Final = 1.0  # beyond SHUTDOWN_DEADLINE_S (deploy/README.md)
+FLUSH_S: Final = 1.0  # beyond SHUTDOWN_DEADLINE_S (deploy/operations.md)
 SERVICE_RIGHTS: Final = {"Read topic": {"Describe"}, "Write topic": {"Describe"}}  # beside what it needs itself
 OPERATOR_RIGHTS: Final = {  # instead of what the service needs; each is told in kafka/users.yaml
     "Read topic": {"Describe", "DescribeConfigs", "Read", "Write"},
@@ -61,12 +62,17 @@ CUSTOM_KEYS: Final = {  # kinds that Kubernetes has no schema for: what may stan
     "KafkaTopic": {"partitions", "replicas", "config", "topicName"},
     "KafkaUser": {"authentication", "authorization", "quotas", "template"},
     "PodMonitor": {"selector", "podMetricsEndpoints", "namespaceSelector", "jobLabel", "podTargetLabels"},
+    "PrometheusRule": {"groups"},
     "ScaledObject": {
         "scaleTargetRef", "pollingInterval", "cooldownPeriod", "minReplicaCount", "maxReplicaCount", "fallback",
         "advanced", "triggers",
     },
     "TriggerAuthentication": {"env", "secretTargetRef"},
 }  # fmt: skip
+
+
+class BrokenFile(Exception):
+    """A file that cannot be read at all; the message names it, the line and the fix."""
 
 
 def files() -> dict[str, str]:
@@ -89,8 +95,14 @@ class Start:
 
 
 def documents(given: Files, name: str) -> list[dict[str, Any]]:
-    """What a YAML file holds."""
-    return [one for one in yaml.safe_load_all(given[name]) if one]
+    """What a YAML file holds. Raises BrokenFile."""
+    if name not in given:
+        raise BrokenFile(f"deploy/{name} is missing: put it back")
+    try:
+        return [one for one in yaml.safe_load_all(given[name]) if one]
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise BrokenFile(f"deploy/{name}, line {line}: {error.problem}: mend the YAML") from error
 
 
 def container(given: Files, name: str) -> dict[str, Any]:
@@ -108,7 +120,10 @@ def literals(given: Files, name: str) -> dict[str, str]:
 
 
 def lines_of_environment(text: str) -> dict[str, str]:
-    """NAME=value lines, as docker compose and systemd read them."""
+    """NAME=value lines, as docker compose and systemd read them. Raises BrokenFile."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and not line.lstrip().startswith("#") and "=" not in line:
+            raise BrokenFile(f"line {number} of an environment file, {line!r}: write NAME=value or begin it with #")
     return dict(line.split("=", 1) for line in text.splitlines() if re.match(r"[A-Z][A-Z0-9_]*=", line))
 
 
@@ -215,6 +230,10 @@ def port_problems(given: Files) -> Sequence[str]:
                 expect(DEPLOYMENT, f"ports.{name}", named.get(name), wanted, f"{setting} ({start.file})")
             if not {one.http_host, one.api_host} <= {"0.0.0.0", "::"}:  # noqa: S104  # probes come from outside the pod
                 found.append(f"deploy/{start.file}, {PREFIX}HTTP_HOST: probes and callers come from outside: 0.0.0.0")
+    default = Settings.model_fields["http_port"].default
+    for job in documents(given, PROMETHEUS)[0]["scrape_configs"]:
+        for target in (one for config in job["static_configs"] for one in config["targets"]):
+            expect(PROMETHEUS, f"{job['job_name']}.targets", target.rpartition(":")[2], default, "HTTP_PORT")
     template = documents(given, DEPLOYMENT)[0]["spec"]["template"]
     ports = {port["name"]: port["containerPort"] for port in container(given, DEPLOYMENT)["ports"]}
     scraped = template["metadata"]["annotations"]["prometheus.io/port"]
@@ -370,6 +389,7 @@ def acl_problems(given: Files) -> Sequence[str]:
         found.append(f"deploy/{USERS}: no KafkaUser {login}, but deploy/{BASE} logs in as that: name them alike")
     for name, rights in ((login, SERVICE_RIGHTS), (f"{login}-operator", OPERATOR_RIGHTS)):
         if name not in users:
+            found.append(f"deploy/{USERS}: no KafkaUser {name}: it is documented, put it back")
             continue
         wanted: dict[tuple[str, str], set[str]] = {}
         for right in needed_rights(Topics(), read({}).group):
@@ -405,6 +425,9 @@ def role_problems(given: Files) -> Sequence[str]:
     """deploy/postgres/roles.sql grants the columns that the code asks for, and no others."""
     granted: dict[tuple[str, str], set[str]] = {}
     text = re.sub(r"--.*", "", given[ROLES])
+    beyond = re.findall(
+        r"\b(SUPERUSER|BYPASSRLS|CREATEROLE|CREATEDB|GRANT (?:ALL|INSERT|DELETE|TRUNCATE)[^;]*public\.\w+)", text
+    )
     for right, columns, table in re.findall(
         r"GRANT (SELECT|UPDATE)\s*\(([^)]*)\)\s*ON (public\.\w+) TO campaign_stats_run;", text
     ):
@@ -412,7 +435,7 @@ def role_problems(given: Files) -> Sequence[str]:
     wanted: dict[tuple[str, str], set[str]] = {}
     for table, right, needed in (*migrations.RUN_RIGHTS, *migrations.API_RIGHTS):
         wanted.setdefault((table, right), set()).update(needed)
-    found = []
+    found = [f"deploy/{ROLES}: {' '.join(one.split())} is more than the service needs: take it away" for one in beyond]
     own = {table: set(rights.split(", ")) for table, rights in re.findall(r"\('(\w+)', '([A-Z, ]+)'\)", text)}
     for table in sorted(own.keys() | migrations.OWN_RIGHTS.keys()):
         least = set(migrations.OWN_RIGHTS.get(table, ()))

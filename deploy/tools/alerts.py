@@ -158,6 +158,8 @@ def _of(name: str, label: str) -> str:
     return f"campaign_stats_{name}{{{JOB},{label}}}"
 
 
+UNLESS_DEGRADED: Final = " unless on (job) max by (job) (campaign_stats_degraded) == 1"  # one page for one outage
+_AWAY: Final = _of("degraded", 'dependency="kafka"')
 _JOB = {"job": "campaign-stats"}
 
 CAUSES: Final = (
@@ -185,25 +187,27 @@ CAUSES: Final = (
     Alert(
         "CampaignStatsStalled", "page",
         "sum by (job) (campaign_stats_lag_records) > 0"
-        " and sum by (job) (increase(campaign_stats_generations_total[10m])) == 0",
+        " and sum by (job) (increase(campaign_stats_generations_total[10m])) == 0" + UNLESS_DEGRADED,
         "5m", "Records wait and for ten minutes no offset was committed", "Stalled",
         Case(_series(lag_records="5x30", generations_total="7x30"), 20),
-        Case(_series(lag_records="5x30", generations_total="0+1x30"), 20),
+        Case({**_series(lag_records="5x30", generations_total="7x30"), _AWAY: "1x30"}, 20),
         _JOB,
     ),
     Alert(
         "CampaignStatsBehind", "page",
-        "sum by (job) (campaign_stats_lag_records) > 600 * sum by (job) (rate(campaign_stats_records_total[10m])) > 0",
+        "sum by (job) (campaign_stats_lag_records) > 600 * sum by (job) (rate(campaign_stats_records_total[10m])) > 0"
+        + UNLESS_DEGRADED,
         "10m", "What waits is more than ten minutes of work", "Behind",
         Case(_series(lag_records="70000+1000x40", records_total="0+6000x40"), 30),
         Case(_series(lag_records="50000x40", records_total="0+6000x40"), 30),
         _JOB,
     ),
     Alert(
-        "CampaignStatsOutboxStuck", "page", "max by (job) (campaign_stats_outbox_oldest_seconds) > 60", "3m",
-        "Events have waited for more than a minute to be published", "Outbox",
+        "CampaignStatsOutboxStuck", "page",
+        "max by (job) (campaign_stats_outbox_oldest_seconds) > 60" + UNLESS_DEGRADED,
+        "3m", "Events have waited for more than a minute to be published", "Outbox",
         Case(_series(outbox_oldest_seconds="0+60x20"), 8),
-        Case(_series(outbox_oldest_seconds="50x20"), 8),
+        Case({**_series(outbox_oldest_seconds="0+60x20"), _AWAY: "1x20"}, 8),
         _JOB,
     ),
     Alert(
@@ -230,10 +234,11 @@ CAUSES: Final = (
         _JOB,
     ),
     Alert(
-        "CampaignStatsSweepStopped", "ticket", "sum by (job) (increase(campaign_stats_sweep_pages_total[1h])) == 0",
+        "CampaignStatsSweepStopped", "ticket", "sum by (job) (increase(campaign_stats_sweep_pages_total[1h])) == 0"
+        " and on (job) 0 < max by (job) (campaign_stats_sweep_interval_seconds) < 3000",
         "15m", "The sweep has compared nothing for an hour: what was never hinted stays wrong", "Sweep",
-        Case(_series(sweep_pages_total="9x120"), 90),
-        Case(_series(sweep_pages_total="0+1x120"), 90),
+        Case(_series(sweep_pages_total="9x120", sweep_interval_seconds="300x120"), 90),
+        Case(_series(sweep_pages_total="9x120", sweep_interval_seconds="0x120"), 90),
         _JOB,
     ),
     Alert(
@@ -245,10 +250,10 @@ CAUSES: Final = (
     ),
     Alert(
         "CampaignStatsRebalancing", "ticket",
-        "sum by (job) (increase(campaign_stats_rebalances_total[30m])) > 20", "10m",
+        "max by (job) (increase(campaign_stats_rebalances_total[30m])) > 20", "10m",  # every replica counts each
         "The group keeps dealing out its partitions anew", "Rebalancing",
         Case(_series(rebalances_total="0+2x90"), 60),
-        Case(_series(rebalances_total="0x30 6x60"), 60),
+        Case({_of("rebalances_total", f'instance="{name}"'): "0x30 8x60" for name in "abcd"}, 60),  # a deployment
         _JOB,
     ),
     Alert(
@@ -257,6 +262,13 @@ CAUSES: Final = (
         Case(_series(pauses_total="0+10x40"), 30),
         Case(_series(pauses_total="0+1x40"), 30),
         _JOB,
+    ),
+    Alert(
+        "CampaignStatsDeadLetters", "ticket", "sum by (job) (increase(campaign_stats_dead_letters_total[1h])) > 10",
+        "5m", "More than ten records of an hour could not be read; they are kept", "Dead letters",
+        Case({_of("dead_letters_total", 'reason="not_json"'): "0x10 20x60"}, 30),
+        Case({_of("dead_letters_total", 'reason="not_json"'): "20x60"}, 30),
+        {**_JOB},
     ),
     Alert(
         "CampaignStatsDoorBroken", "ticket",

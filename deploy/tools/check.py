@@ -63,10 +63,10 @@ def problems_of(check: Check) -> Sequence[str]:
     """What is wrong; a program that is missing, or a validator that fails itself, is a problem too."""
     try:
         return check.problems()
-    except MissingProgram as missing:
-        return [str(missing)]
+    except (MissingProgram, agreement.BrokenFile) as problem:
+        return [str(problem)]
     except Exception as error:
-        return [f"the check itself failed: {type(error).__name__}: {error}"]
+        return [f"the check itself failed: {type(error).__name__}: {error}; `git diff deploy/` says what changed"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

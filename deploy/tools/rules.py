@@ -6,15 +6,17 @@ from typing import Any, Final
 
 import yaml
 
-from deploy.tools.alerts import ALERTS, OBJECTIVES, WINDOWS, Alert, Case
+from deploy.tools.alerts import ALERTS, JOB, OBJECTIVES, WINDOWS, Alert, Case
 from deploy.tools.catalogue import catalogue, names
 from deploy.tools.programs import ROOT, debian, run
 
 FOLDER: Final = ROOT / "deploy" / "prometheus"
 RULES: Final = FOLDER / "rules.yaml"
+RESOURCE: Final = ROOT / "deploy" / "kubernetes" / "overlays" / "production" / "prometheusrule.yaml"
 CONFIGURATION: Final = FOLDER / "prometheus.yml"
 TESTS: Final = {1: FOLDER / "rules_test.yaml", 30: FOLDER / "rules_days_test.yaml"}  # by minutes from value to value
 RUNBOOK: Final = ROOT / "deploy" / "runbook.md"
+PAGES: Final = (RUNBOOK, ROOT / "deploy" / "operations.md")
 GROUPS: Final = {"recorded": "campaign-stats objectives", "alerts": "campaign-stats alerts"}
 HOW_TO_WRITE: Final = "make deploy-files"
 WRITTEN: Final = "# Written from deploy/tools/alerts.py by `make deploy-files`.\n"
@@ -100,9 +102,15 @@ def _test(alert: Alert, what: str, case: Case, expected: list[dict[str, Any]]) -
     }
 
 
+def resource_text() -> str:
+    """The same rules as the Prometheus operator takes them."""
+    kind = {"apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule"}
+    return WRITTEN + _yaml({**kind, "metadata": {"name": "campaign-stats"}, "spec": rules()})
+
+
 def files() -> dict[Path, str]:
     """What is written from the list."""
-    return {RULES: rules_text(), **{path: tests_text(step) for step, path in TESTS.items()}}
+    return {RULES: rules_text(), RESOURCE: resource_text(), **{path: tests_text(step) for step, path in TESTS.items()}}
 
 
 def _yaml(document: object) -> str:
@@ -114,6 +122,25 @@ def unknown_metrics(expression: str) -> set[str]:
     known = {name for entry in catalogue() for name in names(entry)}
     found = set(re.findall(r"\b(campaign_stats_\w+)\b(?!:)", re.sub(r"campaign_stats:\w+:\w+", "", expression)))
     return found - known
+
+
+def _begins(name: str) -> bool:
+    """Whether it is the beginning of a metric's name, as people write it."""
+    return any(known.startswith(name) for entry in catalogue() for known in names(entry))
+
+
+def unknown_labels(expression: str) -> set[str]:
+    """Labels and values asked for of our metrics that the code does not have; `job` and `instance` are Prometheus's."""
+    known = {name: entry for entry in catalogue() for name in names(entry)}
+    found = set()
+    for name, selector in re.findall(r"\b(campaign_stats_\w+)\{([^}]*)\}", expression):
+        for label, value in re.findall(r'(\w+)="([^"]*)"', selector):
+            if label in ("job", "instance") or name not in known:
+                continue
+            edges = [str(float(edge)) for edge in known[name].buckets] if label == "le" else ()
+            if value not in (*edges, *(known[name].labels.get(label) or ())):
+                found.add(f'{name}{{{label}="{value}"}}')
+    return found
 
 
 def problems() -> list[str]:
@@ -128,6 +155,29 @@ def problems() -> list[str]:
         for rule in group["rules"]
         for name in sorted(unknown_metrics(rule["expr"]))
     ]
+    found += [
+        f"{rule.get('alert', rule.get('record'))}: the service has no series {selector}"
+        for group in rules()["groups"]
+        for rule in group["rules"]
+        for selector in sorted(unknown_labels(rule["expr"]))
+    ]
+    found += [
+        f"{alert.name}, its cases: the service has no series {selector}"
+        for alert in ALERTS
+        for series in (*alert.fires.series, *alert.silent.series)
+        for selector in sorted(unknown_labels(series))
+    ]
+    for page in PAGES:
+        found += [
+            f"{page.relative_to(ROOT)}: the service has no metric {name}"
+            for name in sorted(unknown_metrics(page.read_text()))
+            if not _begins(name)
+        ]
+    jobs = {one["job_name"] for one in yaml.safe_load(CONFIGURATION.read_text())["scrape_configs"]}
+    if jobs != {JOB.partition('"')[2].rstrip('"')}:
+        found.append(
+            f"{CONFIGURATION.relative_to(ROOT)}, job_name: {', '.join(sorted(jobs))}, but the rules ask for {JOB}"
+        )
     headings = re.findall(r"^## (.+)$", RUNBOOK.read_text() if RUNBOOK.exists() else "", re.MULTILINE)
     sections = {alert.section for alert in ALERTS}
     found += [

@@ -272,13 +272,14 @@ async def test_every_command_of_runbook_and_operations_does_what_it_says(
     async def run(section: str, line: str) -> str | None:
         async with gate:
             process = await asyncio.create_subprocess_exec(
-                "bash", "-o", "pipefail", "-c", line,
+                "bash", "-o", "pipefail", "-c", line.removesuffix(" || true"),
                 env=variables, stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
             )  # fmt: skip
             async with asyncio.timeout(60):
                 output, _ = await process.communicate()
-        if process.returncode != 0 or not output.strip():
+        allowed = (0, 1) if line.endswith(" || true") else (0,)  # 1 is an answer: there is drift, or nothing to send
+        if process.returncode not in allowed or not output.strip() or b"Traceback" in output:
             return f"{section}: {line}: exit {process.returncode}\n{output.decode()[-1500:]}"
         return None
 

@@ -164,6 +164,36 @@ def test_a_wrong_file_makes_deploy_check_fail(
     assert re.search(wanted, said, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("compose/compose.yaml", "services:\n  a: [\n", "deploy/compose/compose.yaml, line 3: "),
+        ("kubernetes/base/service.yaml", None, "deploy/kubernetes/base/service.yaml is missing: put it back"),
+        (
+            "prometheus/prometheus.yml",
+            'scrape_configs: [{job_name: a, static_configs: [{targets: ["b:9999"]}]}]',
+            "deploy/prometheus/prometheus.yml, a.targets: port 9999, but CAMPAIGN_STATS_HTTP_PORT is 8080 there",
+        ),
+    ],
+)
+def test_a_file_that_is_broken_or_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, text: str | None, said: str
+) -> None:
+    broken = {file: content for file, content in FILES.items() if file != name}
+    monkeypatch.setattr(agreement, "files", lambda: broken if text is None else {**broken, name: text})
+    assert check.main(["ports"]) == 1
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more", ["ALTER ROLE campaign_stats_run SUPERUSER;", "GRANT INSERT (id) ON public.campaigns TO x;"]
+)
+def test_a_role_that_gets_more_than_it_needs_is_noticed(more: str) -> None:
+    name = "postgres/roles.sql"
+    found = agreement.role_problems({**FILES, name: f"{FILES[name]}\n{more}\n"})
+    assert any(one.startswith("deploy/postgres/roles.sql: ") and "more than the service needs" in one for one in found)
+
+
 def test_a_check_that_cannot_be_made_makes_deploy_check_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """Catalogue, rules, panels, status page: what is written follows from the code, and a mistake in it is noticed."""
 
 import math
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -62,11 +63,45 @@ def test_an_alert_on_a_metric_that_does_not_exist_or_without_a_runbook_is_notice
     assert any(one.startswith("deploy/prometheus/rules.yaml is not what") for one in found)
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"), [('fact="pause"', 'fact="pauses"'), ('le="10.0"', 'le="12.0"'), ('le="10.0"', 'le="10"')]
+)
+def test_an_objective_on_a_series_that_does_not_exist_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
+) -> None:
+    [pause] = [one for one in OBJECTIVES if one.name == "pause"]
+    assert pause.good is not None
+    broken = replace(pause, good=pause.good.replace(right, wrong))
+    monkeypatch.setattr(rules, "OBJECTIVES", (broken,))
+    series = f"campaign_stats_event_delay_seconds_bucket{{{wrong}}}"
+    said = f"campaign_stats:pause_errors:ratio_rate5m: the service has no series {series}"
+    assert said in rules.problems()
+
+
+def test_an_alert_whose_cases_ask_for_another_label_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    [degraded] = [one for one in ALERTS if one.name == "CampaignStatsDegraded"]
+    case = replace(degraded.fires, series={'campaign_stats_degraded{dependency="moon"}': "1x20"})
+    monkeypatch.setattr(rules, "ALERTS", (replace(degraded, fires=case),))
+    said = 'CampaignStatsDegraded, its cases: the service has no series campaign_stats_degraded{dependency="moon"}'
+    assert said in rules.problems()
+
+
+def test_rates_before_the_first_note_are_no_fantasy(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Any] = {}
+
+    def fill(registry: CollectorRegistry) -> None:
+        made["calls"] = Counter("calls", "Calls.", registry=registry)
+
+    seen, _, _ = numbers(monkeypatch, fill)
+    made["calls"].inc(100)
+    assert dict(seen.values([rate := Panel("g", "rate", "rows", "calls", "rate")]))[rate] == {"": 100.0}
+
+
 def test_every_objective_has_three_alerts_and_every_alert_both_cases() -> None:
     names = [alert.name for alert in ALERTS]
     assert len(names) == len(set(names))
     for objective in OBJECTIVES:
-        burning = [alert for alert in ALERTS if alert.section == objective.title]
+        burning = [one for one in ALERTS if one.section == objective.title and re.search("Burns|Leaks", one.name)]
         assert len(burning) == 3
         assert {alert.severity for alert in burning} == ({"page", "ticket"} if objective.pages else {"ticket"})
     assert all(alert.fires.series and alert.silent.series and alert.fires != alert.silent for alert in ALERTS)
@@ -77,6 +112,7 @@ def test_promtool_notices_an_alert_that_does_not_fire(tmp_path: Path, monkeypatc
     deaf = replace(ALERTS[0], expr=ALERTS[0].expr.replace("absent(", "absent(0 * "))
     monkeypatch.setattr(rules, "ALERTS", (deaf,))
     monkeypatch.setattr(rules, "RULES", tmp_path / "rules.yaml")
+    monkeypatch.setattr(rules, "RESOURCE", tmp_path / "prometheusrule.yaml")
     monkeypatch.setattr(rules, "TESTS", {1: tmp_path / "rules_test.yaml"})
     for path, text in rules.files().items():
         path.write_text(text)
