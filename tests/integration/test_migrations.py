@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import sys
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -259,3 +260,8 @@ def test_a_file_that_takes_something_away_says_which_release_read_it_last(sql: s
     assert contracting([*migrations.released(), invented]) == ["0099_invented.sql"]
     marked = migrations.Migration(99, "0099_invented.sql", f"-- contracts: last read by 0.1.0\n{sql}", "")
     assert contracting([marked]) == []
+
+
+def test_a_version_with_more_migrations_than_a_release_is_not_called_like_it() -> None:
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    assert migrations.LAST_OF.get(version, 10**6) >= max(file.number for file in migrations.released())

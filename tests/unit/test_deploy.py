@@ -16,6 +16,7 @@ from deploy.tools import agreement, check, validators
 REPOSITORY = Path(__file__).parents[2]
 CHECKS = {name: one for name, _, one in agreement.CHECKS}
 FILES = agreement.files()
+VERSION = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
 COMPOSE, DEPLOYMENT, BASE, DOCKERFILE = agreement.COMPOSE, agreement.DEPLOYMENT, agreement.BASE, agreement.DOCKERFILE
 SCALED, MONITOR, USERS, TOPICS, UNIT = (
     agreement.SCALED, agreement.MONITOR, agreement.USERS, agreement.TOPICS, agreement.UNIT,
@@ -88,8 +89,8 @@ PLANTED = [
     ("roles", agreement.ROLES, "GRANT UPDATE (stats, last_synced_at, updated_at, status, pause_reason)",
      "GRANT UPDATE", "a right on a whole table"),
     ("roles", agreement.ROLES, "('sweep', 'SELECT, UPDATE')", "('sweep', 'SELECT')", "VALUES, sweep: SELECT, but the"),
-    ("references", agreement.PRODUCTION, "newTag: 0.1.0", "newTag: latest", "images: newTag ['latest']"),
-    ("references", DOCKERFILE, "ARG VERSION=0.1.0", "ARG VERSION=0.0.9", "ARG VERSION: "),
+    ("references", agreement.PRODUCTION, f"newTag: {VERSION}", "newTag: latest", "images: newTag ['latest']"),
+    ("references", DOCKERFILE, f"ARG VERSION={VERSION}", "ARG VERSION=0.0.9", "ARG VERSION: "),
     ("references", DOCKERFILE, "USER 10001:10001", "USER app", "Dockerfile, USER: two numbers"),
     ("references", DEPLOYMENT, "runAsUser: 10001", "runAsUser: 1000", "securityContext.runAsUser: the image has"),
     ("references", COMPOSE, "../postgres/roles.sql", "../postgres/role.sql", "services.roles.volumes: "),
