@@ -48,6 +48,7 @@ UNIT: Final = "systemd/campaign-stats.service"
 UNIT_ENV: Final = "systemd/environment.example"
 ROLES: Final = "postgres/roles.sql"
 LIVEZ: Final = "livez.py"
+DATABASE_PORT: Final = 5432
 PROMETHEUS: Final = "prometheus/prometheus.yml"
 
 NEEDED: Final = {"DATABASE_URL": "postgresql://somebody@somewhere/product", "KAFKA_BOOTSTRAP_SERVERS": "somewhere:9092"}
@@ -230,6 +231,11 @@ def port_problems(given: Files) -> Sequence[str]:
                 expect(DEPLOYMENT, f"ports.{name}", named.get(name), wanted, f"{setting} ({start.file})")
             if not {one.http_host, one.api_host} <= {"0.0.0.0", "::"}:  # noqa: S104  # probes come from outside the pod
                 found.append(f"deploy/{start.file}, {PREFIX}HTTP_HOST: probes and callers come from outside: 0.0.0.0")
+    open_ports = {port["port"] for one in documents(given, NETWORK)[0]["spec"]["egress"] for port in one["ports"]}
+    broker = int(literals(given, BASE)["KAFKA_BOOTSTRAP_SERVERS"].rpartition(":")[2])
+    for port, whose in ((broker, f"KAFKA_BOOTSTRAP_SERVERS of deploy/{BASE}"), (DATABASE_PORT, "PostgreSQL")):
+        if port not in open_ports:
+            found.append(f"deploy/{NETWORK}, egress.ports.port: {port}, the port of {whose}, is closed: open it")
     default = Settings.model_fields["http_port"].default
     for job in documents(given, PROMETHEUS)[0]["scrape_configs"]:
         for target in (one for config in job["static_configs"] for one in config["targets"]):

@@ -89,6 +89,8 @@ PLANTED = [
     ("roles", agreement.ROLES, "GRANT UPDATE (stats, last_synced_at, updated_at, status, pause_reason)",
      "GRANT UPDATE", "a right on a whole table"),
     ("roles", agreement.ROLES, "('sweep', 'SELECT, UPDATE')", "('sweep', 'SELECT')", "VALUES, sweep: SELECT, but the"),
+    ("ports", agreement.NETWORK, "port: 5432", "port: 5433", "5432, the port of PostgreSQL, is closed: open it"),
+    ("ports", agreement.NETWORK, "port: 9093", "port: 9094", "9093, the port of KAFKA_BOOTSTRAP_SERVERS of deploy/"),
     ("references", agreement.PRODUCTION, f"newTag: {VERSION}", "newTag: latest", "images: newTag ['latest']"),
     ("references", DOCKERFILE, f"ARG VERSION={VERSION}", "ARG VERSION=0.0.9", "ARG VERSION: "),
     ("references", DOCKERFILE, "USER 10001:10001", "USER app", "Dockerfile, USER: two numbers"),
