@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
@@ -197,13 +198,15 @@ class Relay:
             raise Unavailable("relay", error.detail) from error
 
     def _count(self, rows: Sequence[Row], published: set[int], refused: Mapping[int, str]) -> None:
-        now = time.time()
-        for row in rows:
-            if row.id in published:
-                self._metrics.published.labels(row.type).inc()
-                if row.since is not None and row.fact in FACTS:
-                    waited_s = max(0.0, now - row.since.timestamp())
-                    self._metrics.delay.labels(row.fact).observe(waited_s, tracing.exemplar(row.event))
+        now, is_traced = time.time(), tracing.is_on()
+        delays = {fact: self._metrics.delay.labels(fact) for fact in FACTS}
+        out = [row for row in rows if row.id in published]
+        for event_type, count in Counter(row.type for row in out).items():
+            self._metrics.published.labels(event_type).inc(count)
+        for row in out:
+            if row.since is not None and row.fact in delays:
+                exemplar = tracing.exemplar(row.event) if is_traced else None
+                delays[row.fact].observe(max(0.0, now - row.since.timestamp()), exemplar)
         for row_id, why in refused.items():
             self._metrics.set_aside.inc()
             log.error("event set aside", outbox_id=row_id, why=why)

@@ -25,7 +25,7 @@ LENGTH: Final = 55  # of a traceparent of version 00
 @contextmanager
 def recounting(works: Sequence[Work]) -> Iterator[Sequence[Work]]:
     """Around the recount of `works`; gives them back, those of the batch's only trace going on from its span."""
-    if not _is_on():
+    if not is_on():
         yield works
         return
     with _span("recount", SpanKind.CONSUMER, _behind(works), len(works)) as goes_on:
@@ -35,7 +35,7 @@ def recounting(works: Sequence[Work]) -> Iterator[Sequence[Work]]:
 @contextmanager
 def publishing(events: Sequence[bytes]) -> Iterator[None]:
     """Around the sending of `events`, as `envelope.encode` wrote them."""
-    if not _is_on():
+    if not is_on():
         yield
         return
     with _span("publish", SpanKind.PRODUCER, _inside(events), len(events)):
@@ -43,12 +43,13 @@ def publishing(events: Sequence[bytes]) -> Iterator[None]:
 
 
 def exemplar(event: bytes) -> dict[str, str] | None:
-    """The label that leads from a measurement to the trace of `event`; None without an SDK or a sampled trace."""
-    contexts = _sampled(_inside([event])) if _is_on() else []
+    """The label that leads from a measurement to the trace of `event`, None without a sampled one; while `is_on`."""
+    contexts = _sampled(_inside([event]))
     return {"trace_id": f"{contexts[0].trace_id:032x}"} if contexts else None
 
 
-def _is_on() -> bool:
+def is_on() -> bool:
+    """Whether an SDK is there."""
     return not isinstance(trace.get_tracer_provider(), NO_SDK)
 
 

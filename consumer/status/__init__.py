@@ -74,27 +74,24 @@ class Numbers:
         now = time.monotonic()
         if self._noted and now - self._noted[-1][0] < NOTE_EVERY_S:
             return
-        self._noted.append((now, self._read()))
+        self._noted.append((now, self.read()))
         while now - self._noted[0][0] > WINDOW_S:
             self._noted.popleft()
 
-    def _read(self) -> Series:
+    def read(self) -> Series:
+        """The present values."""
         series: Series = {}
         for family in self._registry.collect():
             for sample in family.samples:
                 series.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
         return series
 
-    def totals(self, counter: str, by: str) -> dict[str, float]:
-        """Since the start of this process, for each value of a label."""
-        return {dict(labels)[by]: value for labels, value in self._read().get(f"{counter}_total", {}).items()}
-
-    def values(self, panels: Iterable[Panel]) -> list[tuple[Panel, dict[str, float]]]:
+    def values(self, panels: Iterable[Panel], series: Series) -> list[tuple[Panel, dict[str, float]]]:
         """For each panel what its query would say of this process: value of its `by` label, or "", -> number.
 
         A quantile of nothing is missing.
         """
-        now, series = time.monotonic(), self._read()
+        now = time.monotonic()
         then, before = self._noted[0] if self._noted else (self._since, {})
         return [(panel, _folded(panel, series, before, max(LEAST_S, now - then))) for panel in panels]
 
@@ -182,9 +179,11 @@ class Status:
         )
 
     def _main(self) -> str:
-        known = {(panel.group, panel.title): values for panel, values in self.numbers.values(PANELS)}
-        letters = self.numbers.totals("campaign_stats_dead_letters", "reason")
-        return self._now(known) + self._pauses() + _waiting(known) + _letters(letters) + _tables(known)
+        series = self.numbers.read()
+        known = {(panel.group, panel.title): values for panel, values in self.numbers.values(PANELS, series)}
+        letters = series.get("campaign_stats_dead_letters_total", {})
+        by_reason = {dict(labels)["reason"]: value for labels, value in letters.items()}
+        return self._now(known) + self._pauses() + _waiting(known) + _letters(by_reason) + _tables(known)
 
     def _now(self, known: Mapping[tuple[str, str], Mapping[str, float]]) -> str:
         lag = sum(known["In", "Lag"].values())

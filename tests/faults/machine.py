@@ -658,9 +658,9 @@ class Machine(RuleBasedStateMachine):
         return not left and self.log.committed == ends
 
 
-def machine_on(arena: Arena) -> type[Machine]:
-    """The machine, bound to a database."""
-    return type("Machine", (Machine,), {"arena": arena})
+def machine_on(arena: Arena, **members: Any) -> type[Machine]:
+    """The machine, bound to a database; `members` in place of its own."""
+    return type("Machine", (Machine,), {"arena": arena, **members})
 
 
 @contextmanager
@@ -683,9 +683,16 @@ def small_and_impatient() -> Iterator[None]:
             setattr(module, name, value)
 
 
-def play(arena: Arena, seed: int, examples: int, *, steps: int = 40, shrink: bool = False) -> None:
-    """Play this many examples of a seed. Raises Violation."""
-    machine = hypothesis.seed(seed)(machine_on(arena))
+def play(arena: Arena, seed: int, examples: int, *, steps: int = 40, shrink: bool = False) -> int:
+    """Play this many examples of a seed; how many were played to their end. Raises Violation."""
+    played = 0
+
+    def counted(self: Machine) -> None:
+        nonlocal played
+        Machine.teardown(self)
+        played += 1
+
+    machine = hypothesis.seed(seed)(machine_on(arena, teardown=counted))
     run_state_machine_as_test(
         machine,
         settings=settings(
@@ -699,6 +706,7 @@ def play(arena: Arena, seed: int, examples: int, *, steps: int = 40, shrink: boo
             phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
         ),
     )
+    return played
 
 
 def find_seed(arena: Arena, breakage: Breakage, *, most: int = 40) -> int | None:

@@ -43,7 +43,7 @@ def arena(postgres: Postgres) -> Iterator[Arena]:
 
 def test_the_service_as_it_is_keeps_every_promise(arena: Arena) -> None:
     """Random histories of crashes, lost sessions, rebalances, failing sends and jumping clocks find nothing"""
-    play(arena, SEED, HEALTHY_EXAMPLES, shrink=True)
+    assert play(arena, SEED, HEALTHY_EXAMPLES, shrink=True) >= HEALTHY_EXAMPLES
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES, ids=[breakage.name for breakage in BREAKAGES])

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from consumer import questions
-from consumer.database import Database
+from consumer.database import Database, statement
 from consumer.deferred import DeferredWorker
 from consumer.generation import Work
 from consumer.guard import Limits, Mode
@@ -313,3 +313,25 @@ async def test_why_says_every_verdict_in_words_and_numbers(database: Database, d
     assert isinstance(last_pause, dict)
     assert (last_pause["sent"], last_pause["bounced"]) == (100, 5)
     assert "when 5 of 100 had bounced" in explanation.words()
+
+
+async def test_the_latest_pauses_are_found_among_many_decisions_that_are_none(
+    db: asyncpg.Connection, database_url: str
+) -> None:
+    await db.execute(
+        """INSERT INTO campaign_stats.guard_decisions
+                  (campaign_id, decided_at, mode, verdict, paused, sent, bounced, rate_bp, threshold_bp, min_sent,
+                   window_size, limits_from)
+           SELECT gen_random_uuid(), now() - make_interval(secs => n), 'observe', 'trip', n IN (19000, 19500), 200,
+                  n % 200, 0, 500, 100, 500, '{}' FROM generate_series(1, 20000) AS n"""
+    )
+    await db.execute("ANALYZE campaign_stats.guard_decisions")
+    await db.execute("SET plan_cache_mode = force_generic_plan")
+    database = Database(database_url)
+    await database.open()
+    try:
+        assert [pause.bounced for pause in await database.last_pauses(10)] == [0, 100], "the newest first"
+    finally:
+        await database.close(1.0)
+    plan = "\n".join(row[0] for row in await db.fetch("EXPLAIN " + statement("last_pauses").replace("$1", "10")))
+    assert "guard_decisions_paused" in plan, plan

@@ -339,8 +339,10 @@ async def test_topics_that_appear_while_it_starts_are_waited_for(
         running,
     )
     link = broker.Connection(bus.bootstrap, {})
+    assert (await running.get("/readyz"))[0] == 503
     await broker.create_topics(link, {name: {} for name in names.all}, partitions=3, replication=1)
     await running.ready()
+    assert running.messages("started")[0]["topics"] == names.read
 
 
 async def test_the_service_runs_with_exactly_the_documented_rights_and_names_a_missing_one(

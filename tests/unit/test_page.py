@@ -291,15 +291,31 @@ def pixels(png: Path) -> tuple[int, int]:
     return width, height
 
 
-def are_screenshots(directory: Path) -> None:
-    """Four of the right size, neither blank nor large, light ones other than dark ones."""
-    assert {path.name: pixels(path) for path in directory.glob("*.png")} == {f"{a}.png": b for a, b in NAMES.items()}
-    assert [path.name for path in directory.glob("*.png") if not 20_000 < path.stat().st_size < 300_000] == []
-    assert len({path.read_bytes() for path in directory.glob("*.png")}) == len(NAMES)
+def no_screenshots(directory: Path) -> list[str]:
+    """What is not as it should be: four of the right size, neither blank nor large, light ones other than dark ones."""
+    pictures = {path.name: path for path in directory.glob("*.png")}
+    wanted = {f"{name}.png": size for name, size in NAMES.items()}
+    wrong = sorted(pictures.keys() ^ wanted.keys())
+    wrong += [name for name in pictures.keys() & wanted.keys() if pixels(pictures[name]) != wanted[name]]
+    wrong += [name for name, path in pictures.items() if not 20_000 < path.stat().st_size < 300_000]
+    return wrong if len({path.read_bytes() for path in pictures.values()}) == len(NAMES) else [*wrong, "alike"]
 
 
 def test_the_screenshots_that_are_checked_in_are_screenshots() -> None:
-    are_screenshots(screenshots.SCREENSHOTS)
+    assert no_screenshots(screenshots.SCREENSHOTS) == []
+
+
+def test_what_is_no_screenshot_is_noticed(tmp_path: Path) -> None:
+    for name in NAMES:
+        (tmp_path / f"{name}.png").write_bytes((screenshots.SCREENSHOTS / "phone-dark.png").read_bytes())
+    (tmp_path / "more.png").write_bytes(b"")
+    assert sorted(no_screenshots(tmp_path)) == [
+        "alike",
+        "desktop-dark.png",
+        "desktop-light.png",
+        "more.png",
+        "more.png",
+    ]
 
 
 GOOD: Report = {
@@ -348,7 +364,7 @@ def test_it_is_good_on_a_phone_and_a_desktop_in_light_and_dark(tmp_path: Path) -
     assert list(faults(report)) == []
     assert set(report["axe"]) == set(report["contents"]) == set(NAMES)
     assert set(report["overflow"]) == {*NAMES, "narrowest-light", "narrowest-dark"}
-    are_screenshots(tmp_path)
+    assert no_screenshots(tmp_path) == []
 
 
 @pytest.mark.chromium

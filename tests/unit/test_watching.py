@@ -94,7 +94,7 @@ def test_rates_before_the_first_note_are_no_fantasy(monkeypatch: pytest.MonkeyPa
 
     seen, _, _ = numbers(monkeypatch, fill)
     made["calls"].inc(100)
-    assert dict(seen.values([rate := Panel("g", "rate", "rows", "calls", "rate")]))[rate] == {"": 100.0}
+    assert dict(seen.values([rate := Panel("g", "rate", "rows", "calls", "rate")], seen.read()))[rate] == {"": 100.0}
 
 
 def test_every_objective_has_three_alerts_and_every_alert_both_cases() -> None:
@@ -206,7 +206,7 @@ def test_rates_and_quantiles_are_those_of_the_last_five_minutes(monkeypatch: pyt
         Panel("g", "sum", "rows", "rows", "sum"),
         Panel("g", "max", "rows", "rows", "max"),
     )
-    found = {panel.title: values for panel, values in seen.values(panels)}
+    found = {panel.title: values for panel, values in seen.values(panels, seen.read())}
     assert found["rate"] == {"a": 0.5, "b": 0.1}
     assert found["all"] == {"": 0.6}
     assert found["p50"] == {"": 1.0}  # two of four are at most 1
@@ -215,8 +215,8 @@ def test_rates_and_quantiles_are_those_of_the_last_five_minutes(monkeypatch: pyt
     assert found["max"] == {"": 4}
     clock.now += 1_000
     seen.note()  # the first one is older than five minutes now
-    assert dict(seen.values(panels))[panels[0]] == {"a": 0.0, "b": 0.0}
-    assert dict(seen.values(panels))[panels[2]] == {}, "a quantile of nothing"
+    assert dict(seen.values(panels, seen.read()))[panels[0]] == {"a": 0.0, "b": 0.0}
+    assert dict(seen.values(panels, seen.read()))[panels[2]] == {}, "a quantile of nothing"
 
 
 def test_what_the_page_shows_is_escaped_and_a_dependency_that_is_away_is_said() -> None:
