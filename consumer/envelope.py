@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import repeat
+from operator import attrgetter, contains
 from typing import Annotated, Final, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 from uuid import UUID
 
@@ -27,6 +29,8 @@ CONTENT_TYPE: Final = (("content-type", b"application/cloudevents+json"),)
 MAX_CARRIED: Final = 1_024  # characters of an id; longer ones would make a pause too large for its topic
 
 _CAMPAIGN_ID: Final = re.compile(CAMPAIGN_ID_PATTERN)
+_ID_AND_COMMA: Final = 37  # characters
+_ANY_IDS: Final = re.compile(f"(?:{ANY_ID_PATTERN},)*")
 _ANY_ID: Final = re.compile(ANY_ID_PATTERN)
 _TYPE: Final = re.compile(r"(prospect\.status_changed|campaign\.sync_requested)\.v([1-9][0-9]{0,8})")
 TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -204,8 +208,11 @@ class _PlainHint(msgspec.Struct, forbid_unknown_fields=True, gc=False):
         )
 
 
+BACKSLASH: Final = ord("\\")  # JSON without one holds neither U+0000 nor a lone surrogate
 PLAIN_BYTES: Final = 1_000  # of a plain hint; usual ones have less than half
 
+_headers: Final = attrgetter("headers")
+_NOT_PLAIN: Final = (msgspec.DecodeError, UnicodeDecodeError)  # which says nothing about its being right
 _parse_plain: Final = msgspec.json.Decoder(_PlainHint).decode
 
 Model = TypeVar("Model", bound=events.Read)
@@ -249,7 +256,9 @@ class Hints:
     """
 
     def __init__(self) -> None:
-        self._plain: dict[str, _PlainHint] = {}  # by id as text, which is hashed faster; a Cause is made of the last
+        # By id as text, which is hashed faster, the bytes of the last: one object to keep and to free, where a parsed
+        # hint is a dozen (measured: a third of the cost). Its Cause is made when it is settled.
+        self._plain: dict[str, bytes] = {}
         self._settled: dict[UUID, Cause | None] = {}
 
     def __len__(self) -> int:
@@ -262,25 +271,46 @@ class Hints:
         Returns how many were plain hints, and of all the others what they are, in order (hints among them are taken in
         too). Says the same as `decode` and `keep_last` for every record, at a third of the cost. Never raises.
         """
+        if self._all_plain(records):
+            return len(records), []
         latest, others = self._plain, list[tuple[Content, Decoded]]()
-        for record in records:
+        for record in records:  # the same once more, for each by itself
             value = record.value
-            # JSON without a backslash holds neither U+0000 nor a lone surrogate.
-            if value is not None and len(value) <= PLAIN_BYTES and not record.headers and b"\\" not in value:
+            if value is not None and len(value) <= PLAIN_BYTES and not record.headers and BACKSLASH not in value:
                 try:
-                    hint = _parse_plain(value)
-                except (msgspec.DecodeError, UnicodeDecodeError):
-                    pass  # not plain, which says nothing about its being right
+                    hint = _parse_plain(value).data
+                except _NOT_PLAIN:
+                    pass
                 else:
-                    campaign, prospect = hint.data.campaign_id, hint.data.prospect_id
+                    campaign, prospect = hint.campaign_id, hint.prospect_id
                     if (campaign in latest or _canonical(campaign)) and _ANY_ID.fullmatch(prospect) is not None:
-                        latest[campaign] = hint
+                        latest[campaign] = value
                         continue
             event = _decode(record)
             others.append((record, event))
             if type(event) is StatusHint:
                 self.keep_last(event)
         return len(records) - len(others), others
+
+    def _all_plain(self, records: Sequence[Content]) -> bool:
+        """Take in all of `records` if each is a plain hint, else none of them. One look at all costs less than many."""
+        values = [record.value or b"" for record in records]
+        if not values or max(map(len, values)) > PLAIN_BYTES or any(map(_headers, records)):
+            return False
+        if any(map(contains, values, repeat(BACKSLASH))):
+            return False
+        try:
+            hints = [_parse_plain(value).data for value in values]
+        except _NOT_PLAIN:
+            return False
+        prospects = "".join([f"{hint.prospect_id}," for hint in hints])
+        if len(prospects) != len(hints) * _ID_AND_COMMA or not _ANY_IDS.fullmatch(prospects):
+            return False  # by their length no id has a comma of its own
+        latest = dict(zip([hint.campaign_id for hint in hints], values, strict=True))
+        if not all(campaign in self._plain or _canonical(campaign) for campaign in latest):
+            return False
+        self._plain.update(latest)
+        return True
 
     def keep_last(self, hint: StatusHint) -> None:
         """A campaign is dirty; the ids of a later hint replace those of an earlier one."""
@@ -296,7 +326,7 @@ class Hints:
         """All of them."""
         for campaign, plain in self._plain.items():
             if (campaign_id := _canonical(campaign)) is not None:  # it always is: only such are in there
-                self._settled[campaign_id] = plain.cause()
+                self._settled[campaign_id] = _parse_plain(plain).cause()
         self._plain.clear()
         return self._settled
 

@@ -88,6 +88,7 @@ def binary(event: dict[str, object]) -> Bytes:
 def one(record: Bytes) -> Decoded:
     [decoded] = decode([record])
     assert_collected_alike([record])
+    assert_collected_alike([structured(hint(id="before")), record, structured(hint(id="after"))])
     return decoded
 
 
@@ -532,6 +533,14 @@ def test_the_hot_path_says_what_the_careful_path_says(records: list[Bytes]) -> N
 @pytest.mark.parametrize("more", [{}, {"time": "x", "subject": "y", "correlationid": "z", "traceparent": TRACE}])
 def test_a_plain_hint_takes_the_hot_path(more: dict[str, object]) -> None:
     assert Hints().collect([structured(hint(**more))]) == (1, [])
+
+
+@pytest.mark.parametrize("first", [f"{PROSPECT},{PROSPECT}", PROSPECT[:-1], PROSPECT[:-1] + ",", ""])
+@pytest.mark.parametrize("second", ["", PROSPECT, "0" + PROSPECT, PROSPECT[:-1] + "\n"])
+def test_the_ids_of_neighbours_do_not_make_up_for_each_other(first: str, second: str) -> None:
+    records = [structured(hint(data=hint_data(prospect_id=prospect))) for prospect in (first, second)]
+    assert_collected_alike(records)
+    assert Hints().collect(records)[0] == [first, second].count(PROSPECT)
 
 
 def test_a_long_hint_is_not_kept_whole() -> None:

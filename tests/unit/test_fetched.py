@@ -9,6 +9,7 @@ from aiokafka import TopicPartition
 from aiokafka.consumer.fetcher import READ_COMMITTED, FetchError, FetchResult, PartitionRecords
 from aiokafka.errors import RecordTooLargeError
 from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
+from aiokafka.record.legacy_records import LegacyRecordBatchBuilder
 from aiokafka.record.memory_records import MemoryRecords
 
 from consumer.broker import inflate
@@ -98,6 +99,32 @@ def test_what_stands_beside_a_batch_that_cannot_be_read_is_handed_out_and_the_re
     assert (stub.partition, stub.first, stub.last) == (("t", 3), 3 + len(before), 5)
     assert stub.too_large == (error == "Swollen")
     assert error in (None, stub.error)
+
+
+@pytest.mark.parametrize("begin", range(8))
+def test_reading_begins_in_the_middle_of_a_batch_and_goes_on_in_the_middle(begin: int) -> None:
+    values = [b"%d" % offset for offset in range(8)]
+    client = Client(packed(0, values[:5]), packed(5, values[5:]))
+    client._state.position = begin
+    taken, passed = client.read()
+    assert taken == list(enumerate(values))[begin:]
+    assert passed == []
+
+
+def test_a_batch_gives_no_more_records_than_a_poll_may_hold() -> None:
+    client = Client(packed(0, [b"x"] * 7), packed(7, [b"x"] * 7))
+    result, sizes = client.fetch(), list[int]()
+    while result.has_more():
+        sizes.append(len(result.getall(4)))
+    assert sizes == [4, 4, 4, 2]
+
+
+def test_batches_of_old_brokers_are_read_too() -> None:
+    builder = LegacyRecordBatchBuilder(1, CODECS.index("gzip"), 2**20)
+    for offset, value in enumerate((b"a", b"b", b"c")):
+        builder.append(offset, 0, None, value)
+    client = Client(bytes(builder.build()))
+    assert [(record.offset, record.value) for record in client.fetch().getall(9)] == [(0, b"a"), (1, b"b"), (2, b"c")]
 
 
 @pytest.mark.parametrize("codec", CODECS)
