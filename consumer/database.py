@@ -27,7 +27,7 @@ from schemas.events import Trigger
 Connection = asyncpg.Connection | PoolConnectionProxy
 Row = TypeVar("Row")
 
-POOL_SIZE: Final = 6  # pipeline, deferred, relay, sweep, gauges, and one to spare
+POOL_SIZE: Final = 6  # pipeline (two chunks at once), deferred, relay, sweep, gauges
 COMMAND_DEADLINE_S: Final = (
     35.0  # statement_timeout plus the time its answer may take; beyond it the connection is dead
 )

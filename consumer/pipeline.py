@@ -8,7 +8,8 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial
 from typing import Final, Protocol
 
 import structlog
@@ -35,6 +36,10 @@ from consumer.recount import Rules, recount_campaigns, tally
 
 COLLECT_AT_MOST: Final = 100_000  # campaigns and requests: 120 MB with usual hints (measured)
 BURY_AT_MOST: Final = 5_000  # dead letters: offsets move on within seconds, also where each is refused
+FAR_BEHIND: Final = 10_000  # records not yet read: a backlog; a steady stream leaves a twentieth of a second of reading
+RESTS: Final = 5  # in a backlog: how long nothing is recounted after a chunk, in times of what it took
+REST_AT_MOST_S: Final = 0.5
+CHUNKS_AT_ONCE: Final = 2  # outside a backlog, where reading leaves the processor to them; one more gains nothing
 HOLD_AT_MOST: Final = 64 * 1024 * 1024  # bytes of dead letters, held whole until they are written, and of requests' ids
 
 log = structlog.get_logger(__name__)
@@ -52,8 +57,10 @@ class Batch(Protocol):
 
 
 class Source(Protocol):
-    """Our membership in the consumer group."""
+    """Our membership in the consumer group. `behind`: records known to wait at the brokers, beyond what was polled."""
 
+    @property
+    def behind(self) -> int: ...
     async def poll(self) -> tuple[Sequence[Batch], Sequence[Passed]]: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
@@ -110,6 +117,8 @@ class Pipeline:
         self._filled = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._hurry = asyncio.Event()  # the flush does not rest between chunks
+        self._hurry.set()
         self._epoch = 0
         self.is_ours = False  # between let_go and take_over nothing is collected and nothing flushed
         self.assigned: frozenset[Partition] = frozenset()
@@ -134,6 +143,10 @@ class Pipeline:
             ):
                 self._full = True
                 self._source.pause()
+            if self._full or generation.asked or self._source.behind < FAR_BEHIND:
+                self._hurry.set()
+            else:
+                self._hurry.clear()
             self._metrics.collecting.set(generation.records)
             self._metrics.fetch_paused.set(self._full)
             if self._full:
@@ -198,11 +211,7 @@ class Pipeline:
             letters, stubs = list(generation.dead_letters), list(passed)
             await self._health.persist("dead letters", lambda: self._bury(letters, stubs, epoch))
             self._count_dead_letters(generation, passed)
-        waiting = deque(generation.works())
-        while waiting:
-            works = [waiting.popleft() for _ in range(min(CHUNK_CAMPAIGNS, len(waiting)))]
-            outcome = await self._health.persist("pipeline", lambda works=works: self._chunk(works, epoch))  # type: ignore[misc]
-            waiting.extendleft(reversed(outcome.later))
+        await self._recount(generation, epoch)
         if generation.oldest is not None and generation.campaigns:
             self._metrics.freshness.observe(max(0.0, time.time() - generation.oldest))
         await self._health.persist("commit", lambda: self._commit(generation, epoch))
@@ -221,6 +230,29 @@ class Pipeline:
             dead_letters=len(generation.dead_letters),
             seconds=round(seconds, 4),
         )
+
+    async def _recount(self, generation: Generation, epoch: int) -> None:
+        """Chunk after chunk, in a backlog with rests between them; else two at once.
+
+        What comes again during a rest is one recount less, and reading has the processor for itself (measured:
+        tests/benchmarks/performance.md, "Hot path"). A request that waits for the next generation ends the rests.
+        """
+        waiting, rest_s = deque(generation.works()), 0.0
+        while waiting:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(rest_s):
+                    await self._hurry.wait()
+            begun, chunks = time.monotonic(), list[list[Work]]()
+            while waiting and len(chunks) < (CHUNKS_AT_ONCE if self._hurry.is_set() else 1):
+                chunks.append([waiting.popleft() for _ in range(min(CHUNK_CAMPAIGNS, len(waiting)))])
+            tries = [self._health.persist("pipeline", partial(self._chunk, works, epoch)) for works in chunks]
+            tasks = [asyncio.create_task(attempt, name="flush") for attempt in tries]
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)  # neither runs on when the other one fails
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                waiting.extendleft(reversed(outcome.later))
+            rest_s = min(REST_AT_MOST_S, RESTS * (time.monotonic() - begun))
 
     async def _chunk(self, works: Sequence[Work], epoch: int) -> Outcome:
         self._still_ours(epoch)
@@ -275,6 +307,7 @@ class Pipeline:
         self._collecting = Generation()
         self._passed = []
         self._full = False
+        self._hurry.set()
         self.assigned = frozenset()
         await self._idle.wait()
 

@@ -76,6 +76,7 @@ class Source:
         self._fetch_max_wait_ms = fetch_max_wait_ms
         self._consumer: Any = None
         self._next: dict[Any, int] = {}  # per partition: one after the last offset handed out
+        self._waiting: dict[Any, int] = {}  # per partition: records behind that one, as the last fetch told
         self._batches: list[Batch] = []  # read, but not handed out yet
         self._fetched: Any = None  # what the client has fetched: consumer.broker.fetched
         self._epoch = 0  # rises whenever partitions are taken or given
@@ -123,6 +124,8 @@ class Source:
         found = await self._getmany()
         for partition, records in found.items():
             self._hand_out(partition, records, records[-1].offset + 1)
+            end = self._consumer.last_stable_offset(partition) or 0
+            self._waiting[partition] = max(0, end - self._next[partition])
         for stub in self._fetched.passed:
             log.warning("unreadable bytes passed", first=stub.first, last=stub.last, error=stub.error)
             partition = TopicPartition(*stub.partition)
@@ -134,10 +137,16 @@ class Source:
         batches, self._batches = self._batches, []
         return batches, passed
 
+    @property
+    def behind(self) -> int:
+        """Records that wait at the brokers beyond what was polled, as far as is known without asking."""
+        return sum(self._waiting.values())
+
     def forget(self) -> None:
         """Partitions are being taken away: nothing of them may survive into the next assignment."""
         self._epoch += 1
         self._next.clear()
+        self._waiting.clear()
         self._batches.clear()
         if self._fetched is not None:
             self._fetched.passed.clear()

@@ -56,8 +56,8 @@ BREAKAGES: Final = (
         (
             Edit(
                 "consumer.pipeline:Pipeline._flush",
-                "    waiting = deque(generation.works())\n",
-                "    await self._commit(generation, epoch)\n    waiting = deque(generation.works())\n",
+                "    await self._recount(generation, epoch)\n",
+                "    await self._commit(generation, epoch)\n    await self._recount(generation, epoch)\n",
             ),
         ),
     ),

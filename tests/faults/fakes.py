@@ -58,6 +58,8 @@ class Log:
 class Member:
     """One replica's membership in the group: the pipeline's Source. Polls bring something only when granted."""
 
+    behind = 0  # so that the flush never rests; more is granted when it is to go on
+
     def __init__(
         self,
         log: Log,

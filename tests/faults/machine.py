@@ -668,6 +668,7 @@ def small_and_impatient() -> Iterator[None]:
     """Small chunks, no waiting between tries, nothing locked comes due by itself, and no log."""
     changed: list[tuple[Any, str, Any]] = [
         (pipeline_module, "CHUNK_CAMPAIGNS", CHUNK),
+        (pipeline_module, "CHUNKS_AT_ONCE", 1),  # the probe holds one transaction; two: tests/unit/test_pipeline.py
         (health_module, "FIRST_BACKOFF_S", 0.0),
         (outcome_module, "LOCKED_FIRST_S", 3_600.0),
         (outcome_module, "LOCKED_LONGEST_S", 3_600.0),

@@ -23,7 +23,7 @@ from consumer.guard import Limits
 from consumer.health import Health
 from consumer.metrics import Metrics
 from consumer.outcome import Campaign, Held, Outcome, Recount
-from consumer.pipeline import Pipeline
+from consumer.pipeline import CHUNKS_AT_ONCE, FAR_BEHIND, Pipeline
 from consumer.recount import Rules, WindowRead
 from tests.unit.builders import (
     NOW,
@@ -127,6 +127,7 @@ class Source:
         self.bell = asyncio.Event()
         self.polls = 0
         self.paused = False
+        self.behind = 0
 
     def deliver(self, batches: list[Batch], passed: Sequence[Passed] = ()) -> None:
         self.pending.append((batches, list(passed)))
@@ -228,7 +229,7 @@ class Transaction:
 
     async def save(self, outcome: Outcome) -> None:
         await asyncio.sleep(0)
-        if self.fate == "error at save":
+        if self.fate == "error at save" and self.recounted:  # a deferral that fails like that would be a bug
             raise ValueError("a value nobody thought of")
         self.outcome = outcome
 
@@ -378,18 +379,10 @@ scripts = st.lists(
 STORE_FATES = ("ok", "ok", "away at begin", "away", "away at commit", "error", "error at save", "full")
 
 
-def survivable(plan: list[str]) -> list[str]:
-    """No error right after an error: a deferral that fails like that is a bug and ends the process."""
-    return [
-        "ok" if "error" in before and "error" in fate else fate
-        for before, fate in zip(["ok", *plan], plan, strict=False)
-    ]
-
-
 @given(
     kinds=kinds_of,
     script=scripts,
-    store_plan=st.lists(st.sampled_from(STORE_FATES), max_size=14).map(survivable),
+    store_plan=st.lists(st.sampled_from(STORE_FATES), max_size=14),
     commit_plan=st.lists(st.sampled_from(("ok", "away", "refused")), max_size=8),
     letter_plan=st.lists(st.sampled_from(("ok", "away")), max_size=6),
 )
@@ -480,18 +473,18 @@ async def test_an_outage_repeats_the_chunk_and_defers_nothing() -> None:
 
 
 @pytest.mark.parametrize("fate", ["error", "error at save"])
-async def test_any_other_error_defers_the_whole_chunk_one_by_one_and_the_next_chunk_goes_on(fate: str) -> None:
+async def test_any_other_error_defers_the_whole_chunk_one_by_one_and_the_other_chunk_goes_on(fate: str) -> None:
     world = World(store_plan=[fate])
     async with running(world) as run:
         run.source.deliver([batch(world, 0, 0, ["own"] * (CHUNK + 1) + ["request"])])
         await run.until(lambda: world.committed == {(TOPIC, 0): CHUNK + 2})
         assert run.value("chunks_failed_total") == 1
-    deferred, following = world.outcomes
+    deferred, other = sorted(world.outcomes, key=lambda outcome: outcome.recounted)
     assert [(deferral.reason, deferral.delay_s) for deferral in deferred.deferrals] == [("alone", 0.0)] * CHUNK
     assert deferred.recounted == 0
     requests = [request for deferral in deferred.deferrals for request in deferral.work.requests]
     assert [request.cause.id for request in requests] == [f"0-{CHUNK + 1}"]
-    assert len(following.deferrals) + following.recounted + following.missing == 2
+    assert len(other.deferrals) + other.recounted + other.missing == 2
     assert "deferred woken" in world.log
 
 
@@ -512,7 +505,7 @@ async def test_a_full_chunk_leaves_the_rest_to_the_next_one() -> None:
     assert [len(outcome.later) for outcome in world.outcomes] == [2, 1, 0]
 
 
-async def test_a_revocation_lets_the_running_chunk_finish_and_drops_the_rest() -> None:
+async def test_a_revocation_lets_the_running_chunks_finish_and_drops_the_rest() -> None:
     world = World(hold=asyncio.Event())
     async with running(world) as run:
         run.source.deliver([batch(world, 0, 0, ["own"] * (3 * CHUNK))])
@@ -526,8 +519,80 @@ async def test_a_revocation_lets_the_running_chunk_finish_and_drops_the_rest() -
         await run.steps(20)
         assert run.value("commits_refused_total") == 1
         assert run.pipeline.assigned == frozenset()
+    assert len(world.outcomes) == CHUNKS_AT_ONCE
+    assert world.committed == {}
+
+
+async def test_one_of_two_chunks_that_meets_an_outage_is_repeated_and_the_other_one_is_not() -> None:
+    world = World(store_plan=["ok", "away at commit"])
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own"] * (2 * CHUNK))])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 2 * CHUNK})
+    assert len(world.outcomes) == 2
+
+
+async def in_a_backlog(world: World, run: Run) -> None:
+    """A generation of three chunks, of which the first one is done, and no end of the rest behind it."""
+    run.source.behind = FAR_BEHIND
+    run.source.deliver([batch(world, 0, 0, ["own"] * (3 * CHUNK))])
+    await run.until(lambda: len(world.outcomes) == 1)
+    await run.steps(100)
+    assert len(world.outcomes) == 1
+
+
+@pytest.fixture
+def long_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So long that no test sees the end of one."""
+    monkeypatch.setattr(pipeline_module, "RESTS", 1e9)
+    monkeypatch.setattr(pipeline_module, "REST_AT_MOST_S", 600.0)
+
+
+@pytest.mark.usefixtures("long_rests")
+async def test_in_a_backlog_the_flush_rests_between_chunks_until_little_is_left_to_read() -> None:
+    world = World()
+    async with running(world) as run:
+        await in_a_backlog(world, run)
+        run.source.behind = FAR_BEHIND - 1
+        run.source.deliver([batch(world, 0, 3 * CHUNK, ["own"])])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 3 * CHUNK + 1})
+
+
+@pytest.mark.usefixtures("long_rests")
+async def test_a_request_does_not_wait_for_rests() -> None:
+    world = World()
+    async with running(world) as run:
+        await in_a_backlog(world, run)
+        run.source.deliver([batch(world, 0, 3 * CHUNK, ["request"])])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 3 * CHUNK + 1})
+
+
+@pytest.mark.usefixtures("long_rests")
+async def test_a_revocation_ends_a_rest() -> None:
+    world = World()
+    async with running(world) as run:
+        await in_a_backlog(world, run)
+        await asyncio.wait_for(run.pipeline.let_go(), 5)
     assert len(world.outcomes) == 1
     assert world.committed == {}
+
+
+@pytest.mark.usefixtures("long_rests")
+async def test_when_no_more_is_collected_the_flush_does_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    async with running(world) as run:
+        await in_a_backlog(world, run)
+        monkeypatch.setattr(pipeline_module, "COLLECT_AT_MOST", CHUNK)
+        run.source.deliver([batch(world, 0, 3 * CHUNK, ["own"] * CHUNK)])
+        await run.until(lambda: len(world.outcomes) == 3)
+
+
+async def test_a_rest_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_module, "REST_AT_MOST_S", 0.0)
+    world = World()
+    async with running(world) as run:
+        run.source.behind = FAR_BEHIND
+        run.source.deliver([batch(world, 0, 0, ["own"] * (3 * CHUNK))])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 3 * CHUNK})
 
 
 async def test_what_was_collected_does_not_survive_into_a_new_assignment() -> None:

@@ -24,6 +24,9 @@ class CutOff:
     async def position(self, _: TopicPartition) -> int:
         return self.at
 
+    def last_stable_offset(self, _: TopicPartition) -> int:
+        return 10
+
     async def getmany(self, *, timeout_ms: int, max_records: int) -> dict[Any, list[Any]]:
         if self.at:
             self.at = 0
@@ -37,6 +40,7 @@ async def test_a_log_that_was_cut_off_takes_the_committed_offset_back_with_it() 
     vars(source).update(_consumer=CutOff(), _fetched=SimpleNamespace(passed=[], bytes_left=0))
     [first], _ = await source.poll()
     assert first.next_offset == 3
+    assert source.behind == 7
     # Else what is written next would be passed over by whoever begins at the committed offset.
     [back], _ = await source.poll()
     assert (back.partition, back.next_offset, list(back.records)) == (("t", 0), 0, [])
