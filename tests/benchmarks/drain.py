@@ -22,6 +22,7 @@ from tests.benchmarks import workload
 from tests.benchmarks.peers import streams
 from tests.benchmarks.report import Figure, Limit, Report, at_least, at_most, ratios
 from tests.benchmarks.stage import (
+    HINTS_READ,
     LOOK_S,
     PEERS,
     PEERS_PYTHON,
@@ -43,7 +44,6 @@ PEER_SECONDS: Final = 60.0
 PEER_END_S: Final = 60.0  # to flush and commit what it counted
 SERVICE: Final = "service"
 ON_BOTH_CORES: Final = "service, two processes"
-HINTS_READ: Final = 'campaign_stats_records_total{kind="status_hint"}'
 COUNTED: Final = re.compile(rb"^counted (\d+)$", re.MULTILINE)
 
 

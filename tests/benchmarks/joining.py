@@ -20,7 +20,7 @@ from schemas import events
 from tests.benchmarks import workload
 from tests.benchmarks.latency import Course, latencies, steady
 from tests.benchmarks.report import Figure, Report, at_most
-from tests.benchmarks.stage import LOOK_S, Failed, Group, Round, Stage, others_s, stopped
+from tests.benchmarks.stage import HINTS_READ, LOOK_S, Contestant, Failed, Group, Round, Stage, others_s, stopped
 from tests.benchmarks.trials import Trial, counted, interleaved, report_of
 from tests.benchmarks.upstream import Stream
 
@@ -30,7 +30,8 @@ AFTER_S: Final = 3.0
 SIGN_S: Final = 0.02
 STEADY_CEILING_S: Final = 0.25
 BACKLOG_CEILING_S: Final = 1.5
-SHARE: Final = 0.25  # of the backlog that is done when the second process is started
+LONG: Final = 2  # times the usual backlog: it must not be done before the second process has joined
+SHARE: Final = 0.25  # of the usual backlog that the first process has read when the second one is started
 SHARE_DEADLINE_S: Final = 60.0
 STEADY, BACKLOG = "a replica joins, steady", "a replica joins, backlog"
 
@@ -42,7 +43,7 @@ async def measure(stage: Stage) -> Report:
     ceilings = {STEADY: STEADY_CEILING_S}
     if not stage.size.is_quick:  # few hints are done before a second process has joined
         ceilings[BACKLOG] = BACKLOG_CEILING_S
-        async with stage.round(1, seed=300) as common:
+        async with stage.round(1, seed=300, hints=LONG * stage.size.hints) as common:
             trials += await interleaved(stage, "joining-full", rounds, {BACKLOG: partial(_backlog, stage, common)})
     report = report_of("joining", stage, trials)
     for name, ceiling in ceilings.items():
@@ -121,7 +122,7 @@ async def _backlog(stage: Stage, common: Round, number: int, name: str) -> Trial
             first.start()
             begun = await group.joined(first)
             busy_s = others_s()
-            await _done(group, int(len(common.draws) * SHARE))
+            await _read(first, int(stage.size.hints * SHARE))
             await second.join()
             if await group.committed() >= len(common.draws):
                 raise Failed(f"{name}: everything was done before the second process had joined")
@@ -150,12 +151,12 @@ async def _backlog(stage: Stage, common: Round, number: int, name: str) -> Trial
     )
 
 
-async def _done(group: Group, due: int) -> None:
-    """Wait until so many hints are committed. Raises Failed."""
+async def _read(service: Contestant, due: int) -> None:
+    """Wait until it has read so many hints; committed they are much later. Raises Failed."""
     deadline = time.monotonic() + SHARE_DEADLINE_S
-    while (done := await group.committed()) < due:
+    while (read := (await service.metrics()).get(HINTS_READ, 0)) < due:
         if time.monotonic() > deadline:
-            raise Failed(f"only {done} of {due} hints are committed")
+            raise Failed(f"only {read:g} of {due} hints are read")
         await asyncio.sleep(LOOK_S)
 
 

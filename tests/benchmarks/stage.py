@@ -31,6 +31,7 @@ JOIN_DEADLINE_S: Final = 60.0
 DRAIN_DEADLINE_S: Final = 300.0
 END_DEADLINE_S: Final = 20.0
 LOOK_S: Final = 0.05
+HINTS_READ: Final = 'campaign_stats_records_total{kind="status_hint"}'
 PEERS: Final = Path(__file__).parent / "peers"
 PEERS_PYTHON: Final = REPOSITORY / ".cache" / "peers" / "bin" / "python"
 

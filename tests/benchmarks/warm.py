@@ -12,10 +12,22 @@ from typing import Final
 
 from schemas import events
 from tests.benchmarks import workload
-from tests.benchmarks.drain import HINTS_READ, STREAMS, Peer, counted_in, peer_process
+from tests.benchmarks.drain import STREAMS, Peer, counted_in, peer_process
 from tests.benchmarks.peers import streams
 from tests.benchmarks.report import Figure, Report, at_least, ratios
-from tests.benchmarks.stage import LOOK_S, Failed, Group, Round, Run, Stage, others_s, rates, reported, stopped
+from tests.benchmarks.stage import (
+    HINTS_READ,
+    LOOK_S,
+    Failed,
+    Group,
+    Round,
+    Run,
+    Stage,
+    others_s,
+    rates,
+    reported,
+    stopped,
+)
 
 HINTS: Final = 3_000_000
 HALF: Final = HINTS // 2
