@@ -39,6 +39,7 @@ BURY_AT_MOST: Final = 5_000  # dead letters: offsets move on within seconds, als
 FAR_BEHIND: Final = 10_000  # records not yet read: a backlog; a steady stream leaves a twentieth of a second of reading
 RESTS: Final = 5  # in a backlog: how long nothing is recounted after a chunk, in times of what it took
 REST_AT_MOST_S: Final = 0.5
+RESTS_AT_MOST_S: Final = 10.0  # of a flush: then it goes on without, so that offsets move
 CHUNKS_AT_ONCE: Final = 2  # outside a backlog, where reading leaves the processor to them; one more gains nothing
 HOLD_AT_MOST: Final = 64 * 1024 * 1024  # bytes of dead letters, held whole until they are written, and of requests' ids
 
@@ -143,10 +144,10 @@ class Pipeline:
             ):
                 self._full = True
                 self._source.pause()
-            if self._full or generation.asked or self._source.behind < FAR_BEHIND:
-                self._hurry.set()
-            else:
+            if self._in_backlog and not generation.asked:
                 self._hurry.clear()
+            else:
+                self._hurry.set()
             self._metrics.collecting.set(generation.records)
             self._metrics.fetch_paused.set(self._full)
             if self._full:
@@ -231,28 +232,38 @@ class Pipeline:
             seconds=round(seconds, 4),
         )
 
+    @property
+    def _in_backlog(self) -> bool:
+        return not self._full and self._source.behind >= FAR_BEHIND
+
     async def _recount(self, generation: Generation, epoch: int) -> None:
         """Chunk after chunk, in a backlog with rests between them; else two at once.
 
         What comes again during a rest is one recount less, and reading has the processor for itself (measured:
         tests/benchmarks/performance.md, "Hot path"). A request that waits for the next generation ends the rests.
         """
-        waiting, rest_s = deque(generation.works()), 0.0
+        waiting, rest_s, rests_until = deque(generation.works()), 0.0, time.monotonic() + RESTS_AT_MOST_S
         while waiting:
             with suppress(TimeoutError):
                 async with asyncio.timeout(rest_s):
                     await self._hurry.wait()
             begun, chunks = time.monotonic(), list[list[Work]]()
-            while waiting and len(chunks) < (CHUNKS_AT_ONCE if self._hurry.is_set() else 1):
+            while waiting and len(chunks) < (1 if self._in_backlog else CHUNKS_AT_ONCE):
                 chunks.append([waiting.popleft() for _ in range(min(CHUNK_CAMPAIGNS, len(waiting)))])
-            tries = [self._health.persist("pipeline", partial(self._chunk, works, epoch)) for works in chunks]
-            tasks = [asyncio.create_task(attempt, name="flush") for attempt in tries]
-            outcomes = await asyncio.gather(*tasks, return_exceptions=True)  # neither runs on when the other one fails
-            for outcome in outcomes:
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                waiting.extendleft(reversed(outcome.later))
-            rest_s = min(REST_AT_MOST_S, RESTS * (time.monotonic() - begun))
+            outcomes = await self._side_by_side(chunks, epoch)
+            waiting.extendleft(reversed([work for outcome in outcomes for work in outcome.later]))
+            now = time.monotonic()
+            rest_s = min(REST_AT_MOST_S, RESTS * (now - begun)) if now < rests_until else 0.0
+
+    async def _side_by_side(self, chunks: Sequence[Sequence[Work]], epoch: int) -> list[Outcome]:
+        """Each in a transaction of its own. Waits for all, also when one fails; a bug is raised before all else."""
+        tries = [self._health.persist("pipeline", partial(self._chunk, works, epoch)) for works in chunks]
+        tasks = [asyncio.create_task(attempt, name="flush") for attempt in tries]
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        failures = [failure for failure in ended if isinstance(failure, BaseException)]
+        for failure in sorted(failures, key=lambda failure: isinstance(failure, ServiceError)):
+            raise failure
+        return [outcome for outcome in ended if not isinstance(outcome, BaseException)]
 
     async def _chunk(self, works: Sequence[Work], epoch: int) -> Outcome:
         self._still_ours(epoch)

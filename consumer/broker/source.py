@@ -1,6 +1,7 @@
 """Our membership in the consumer group: poll, pause, commit, and pass over bytes that nobody can hand out."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from consumer.generation import Partition, Passed
 LEAVE_DEADLINE_S: Final = 5.0  # a join under way must end first, else the group waits for us until the session ends
 REJOIN_S: Final = 4.0  # from the end of its revocation until a member has joined again
 LOOK_UP_DEADLINE_S: Final = 3.0  # of gauges: how soon a silent broker is noticed
+TOLD_S: Final = 2.0
 FETCH_BYTES: Final = 8 * 2**20  # of all partitions of one broker: with 1 MB of each, memory grows with their number
 POSITION_DEADLINE_S: Final = 0.1  # known at once, unless a broker is asked where the partition begins
 
@@ -76,7 +78,7 @@ class Source:
         self._fetch_max_wait_ms = fetch_max_wait_ms
         self._consumer: Any = None
         self._next: dict[Any, int] = {}  # per partition: one after the last offset handed out
-        self._waiting: dict[Any, int] = {}  # per partition: records behind that one, as the last fetch told
+        self._waiting: dict[Any, tuple[int, float]] = {}  # per partition: records behind that one, and when it was told
         self._batches: list[Batch] = []  # read, but not handed out yet
         self._fetched: Any = None  # what the client has fetched: consumer.broker.fetched
         self._epoch = 0  # rises whenever partitions are taken or given
@@ -125,7 +127,7 @@ class Source:
         for partition, records in found.items():
             self._hand_out(partition, records, records[-1].offset + 1)
             end = self._consumer.last_stable_offset(partition) or 0
-            self._waiting[partition] = max(0, end - self._next[partition])
+            self._waiting[partition] = max(0, end - self._next[partition]), time.monotonic()
         for stub in self._fetched.passed:
             log.warning("unreadable bytes passed", first=stub.first, last=stub.last, error=stub.error)
             partition = TopicPartition(*stub.partition)
@@ -139,8 +141,9 @@ class Source:
 
     @property
     def behind(self) -> int:
-        """Records that wait at the brokers beyond what was polled, as far as is known without asking."""
-        return sum(self._waiting.values())
+        """Records that wait at the brokers beyond what was polled, in partitions of which some were just polled."""
+        still = time.monotonic() - TOLD_S  # what was told before is over, or nobody can read it
+        return sum(records for records, at in self._waiting.values() if at >= still)
 
     def forget(self) -> None:
         """Partitions are being taken away: nothing of them may survive into the next assignment."""

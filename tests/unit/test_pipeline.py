@@ -505,6 +505,30 @@ async def test_a_full_chunk_leaves_the_rest_to_the_next_one() -> None:
     assert [len(outcome.later) for outcome in world.outcomes] == [2, 1, 0]
 
 
+async def test_what_two_full_chunks_leave_keeps_its_order() -> None:
+    world = World(store_plan=["full", "full", "full"])
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own"] * (2 * CHUNK))])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 2 * CHUNK})
+    first, second, third = [list(outcome.later) for outcome in world.outcomes[:3]]
+    assert len(first) == len(second) == CHUNK - 1
+    assert third == [*first, *second][1:CHUNK]
+
+
+async def test_a_bug_is_not_hidden_by_what_else_fails_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [OwnershipLost("a rebalance"), ValueError("a bug")]
+
+    async def chunk(*_: object) -> Outcome:
+        raise failures.pop(0)
+
+    monkeypatch.setattr(Pipeline, "_chunk", chunk)
+    world = World()
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own"] * (2 * CHUNK))])
+        with pytest.raises(ValueError, match="a bug"):
+            await run.until(lambda: False)
+
+
 async def test_a_revocation_lets_the_running_chunks_finish_and_drops_the_rest() -> None:
     world = World(hold=asyncio.Event())
     async with running(world) as run:
@@ -564,6 +588,16 @@ async def test_a_request_does_not_wait_for_rests() -> None:
         await in_a_backlog(world, run)
         run.source.deliver([batch(world, 0, 3 * CHUNK, ["request"])])
         await run.until(lambda: world.committed == {(TOPIC, 0): 3 * CHUNK + 1})
+
+
+@pytest.mark.usefixtures("long_rests")
+async def test_a_flush_rests_for_so_long_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_module, "RESTS_AT_MOST_S", 0.0)
+    world = World()
+    async with running(world) as run:
+        run.source.behind = FAR_BEHIND
+        run.source.deliver([batch(world, 0, 0, ["own"] * (3 * CHUNK))])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 3 * CHUNK})
 
 
 @pytest.mark.usefixtures("long_rests")

@@ -7,6 +7,7 @@ import pytest
 from aiokafka import TopicPartition
 
 from consumer.broker import Connection, Source
+from consumer.broker import source as source_module
 from consumer.service import Service
 
 PARTITION = TopicPartition("t", 0)
@@ -35,12 +36,14 @@ class CutOff:
         return {PARTITION: [SimpleNamespace(offset=offset) for offset in range(3)]}
 
 
-async def test_a_log_that_was_cut_off_takes_the_committed_offset_back_with_it() -> None:
+async def test_a_log_that_was_cut_off_takes_the_committed_offset_back_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(Connection("x:1", {}), ["t"], "g", fetch_max_wait_ms=1, revocation_s=8)
     vars(source).update(_consumer=CutOff(), _fetched=SimpleNamespace(passed=[], bytes_left=0))
     [first], _ = await source.poll()
     assert first.next_offset == 3
     assert source.behind == 7
+    monkeypatch.setattr(source_module, "TOLD_S", -1.0)
+    assert source.behind == 0  # of a partition that delivers nothing more nobody knows
     # Else what is written next would be passed over by whoever begins at the committed offset.
     [back], _ = await source.poll()
     assert (back.partition, back.next_offset, list(back.records)) == (("t", 0), 0, [])
