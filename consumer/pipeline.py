@@ -40,7 +40,7 @@ FAR_BEHIND: Final = 10_000  # records not yet read: a backlog; a steady stream l
 RESTS: Final = 5  # in a backlog: how long nothing is recounted after a chunk, in times of what it took
 REST_AT_MOST_S: Final = 0.5
 RESTS_AT_MOST_S: Final = 10.0  # of a flush: then it goes on without, so that offsets move
-CHUNKS_AT_ONCE: Final = 2  # outside a backlog, where reading leaves the processor to them; one more gains nothing
+CHUNKS_AT_ONCE: Final = 2  # outside a backlog, where reading leaves the processor to them
 HOLD_AT_MOST: Final = 64 * 1024 * 1024  # bytes of dead letters, held whole until they are written, and of requests' ids
 
 log = structlog.get_logger(__name__)
@@ -257,12 +257,13 @@ class Pipeline:
 
     async def _side_by_side(self, chunks: Sequence[Sequence[Work]], epoch: int) -> list[Outcome]:
         """Each in a transaction of its own. Waits for all, also when one fails; a bug is raised before all else."""
-        tries = [self._health.persist("pipeline", partial(self._chunk, works, epoch)) for works in chunks]
-        tasks = [asyncio.create_task(attempt, name="flush") for attempt in tries]
+        tasks = [
+            asyncio.create_task(self._health.persist("pipeline", partial(self._chunk, works, epoch)), name="flush")
+            for works in chunks
+        ]
         ended = await asyncio.gather(*tasks, return_exceptions=True)
-        failures = [failure for failure in ended if isinstance(failure, BaseException)]
-        for failure in sorted(failures, key=lambda failure: isinstance(failure, ServiceError)):
-            raise failure
+        if failures := [failure for failure in ended if isinstance(failure, BaseException)]:
+            raise min(failures, key=lambda failure: isinstance(failure, ServiceError))
         return [outcome for outcome in ended if not isinstance(outcome, BaseException)]
 
     async def _chunk(self, works: Sequence[Work], epoch: int) -> Outcome:

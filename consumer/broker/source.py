@@ -39,7 +39,7 @@ from consumer.generation import Partition, Passed
 LEAVE_DEADLINE_S: Final = 5.0  # a join under way must end first, else the group waits for us until the session ends
 REJOIN_S: Final = 4.0  # from the end of its revocation until a member has joined again
 LOOK_UP_DEADLINE_S: Final = 3.0  # of gauges: how soon a silent broker is noticed
-TOLD_S: Final = 2.0
+TOLD_S: Final = 2.0  # what a partition that delivers nothing had waiting then no longer counts as a backlog
 FETCH_BYTES: Final = 8 * 2**20  # of all partitions of one broker: with 1 MB of each, memory grows with their number
 POSITION_DEADLINE_S: Final = 0.1  # known at once, unless a broker is asked where the partition begins
 
@@ -142,7 +142,7 @@ class Source:
     @property
     def behind(self) -> int:
         """Records that wait at the brokers beyond what was polled, in partitions of which some were just polled."""
-        still = time.monotonic() - TOLD_S  # what was told before is over, or nobody can read it
+        still = time.monotonic() - TOLD_S
         return sum(records for records, at in self._waiting.values() if at >= still)
 
     def forget(self) -> None:

@@ -579,6 +579,7 @@ async def test_in_a_backlog_the_flush_rests_between_chunks_until_little_is_left_
         run.source.behind = FAR_BEHIND - 1
         run.source.deliver([batch(world, 0, 3 * CHUNK, ["own"])])
         await run.until(lambda: world.committed == {(TOPIC, 0): 3 * CHUNK + 1})
+    assert len(world.outcomes) == 4
 
 
 @pytest.mark.usefixtures("long_rests")
@@ -586,8 +587,10 @@ async def test_a_request_does_not_wait_for_rests() -> None:
     world = World()
     async with running(world) as run:
         await in_a_backlog(world, run)
+        assert run.source.behind >= FAR_BEHIND
         run.source.deliver([batch(world, 0, 3 * CHUNK, ["request"])])
         await run.until(lambda: world.committed == {(TOPIC, 0): 3 * CHUNK + 1})
+    assert len(world.outcomes) == 4
 
 
 @pytest.mark.usefixtures("long_rests")
@@ -598,6 +601,7 @@ async def test_a_flush_rests_for_so_long_and_no_longer(monkeypatch: pytest.Monke
         run.source.behind = FAR_BEHIND
         run.source.deliver([batch(world, 0, 0, ["own"] * (3 * CHUNK))])
         await run.until(lambda: world.committed == {(TOPIC, 0): 3 * CHUNK})
+    assert len(world.outcomes) == 3
 
 
 @pytest.mark.usefixtures("long_rests")
@@ -617,16 +621,20 @@ async def test_when_no_more_is_collected_the_flush_does_not_rest(monkeypatch: py
         await in_a_backlog(world, run)
         monkeypatch.setattr(pipeline_module, "COLLECT_AT_MOST", CHUNK)
         run.source.deliver([batch(world, 0, 3 * CHUNK, ["own"] * CHUNK)])
-        await run.until(lambda: len(world.outcomes) == 3)
+        await run.until(lambda: world.committed == {(TOPIC, 0): 4 * CHUNK})
+    assert len(world.outcomes) == 4
 
 
 async def test_a_rest_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline_module, "REST_AT_MOST_S", 0.0)
+    monkeypatch.setattr(pipeline_module, "RESTS", 1e9)  # so that only their longest time ends them
     world = World()
     async with running(world) as run:
-        run.source.behind = FAR_BEHIND
-        run.source.deliver([batch(world, 0, 0, ["own"] * (3 * CHUNK))])
-        await run.until(lambda: world.committed == {(TOPIC, 0): 3 * CHUNK})
+        await in_a_backlog(world, run)
+        async with asyncio.timeout(20):
+            while len(world.outcomes) < 3:
+                await asyncio.sleep(0.01)
+        await run.steps(20)
+    assert world.committed == {(TOPIC, 0): 3 * CHUNK}
 
 
 async def test_what_was_collected_does_not_survive_into_a_new_assignment() -> None:
