@@ -1,6 +1,7 @@
 """The recount and its race, on real SQL."""
 
 import asyncio
+import contextlib
 import json
 import random
 from collections.abc import Awaitable, Callable
@@ -90,7 +91,10 @@ async def test_an_overlapping_recount_never_undoes_the_products_change_unlike_th
             await asyncio.sleep(0.001)
 
     async def one_statement(connection: asyncpg.Connection, campaign_id: UUID) -> None:
-        await connection.execute(ONE_STATEMENT, [campaign_id])
+        # Two of the control's statements can also lock each other out (3 of 4 525 did, none of the product's): the old
+        # row version is found again by the UPDATE. Rolled back, the loser changed nothing.
+        with contextlib.suppress(asyncpg.DeadlockDetectedError):
+            await connection.execute(ONE_STATEMENT, [campaign_id])
 
     assert await overlapping_rounds(database_url, one_statement, 60) > 0, "the control must go stale"
     assert await overlapping_rounds(database_url, two_statements, 60) == 0
