@@ -1,9 +1,10 @@
 """An upstream at a steady pace, in a process of its own, and a receiver of the news that follow.
 
 `python -m tests.benchmarks.upstream` moves prospects and publishes a hint for each after the commit, until SIGTERM.
-What is due is moved in one transaction every few milliseconds. The id of a hint tells which stream it belongs to, its
-number there (dense, from 0) and when it was made: the monotonic clock after the commit and before it is handed to the
-client, which is the same clock in all processes of one machine. The news carry that id on as `causationid`, so that the
+What is due is moved in one transaction every 20 ms and handed on as a batch (every 5 ms costs the two servers 0.17 ms
+more CPU for each hint, of 1.3 in all, on a slow machine). The id of a hint tells which stream it belongs to, its number
+there (dense, from 0) and when it was made: the monotonic clock after the commit and before it is handed to the client,
+which is the same clock in all processes of one machine. The news carry that id on as `causationid`, so that the
 receiver knows how long each took and which are missing.
 
 Settings from the environment: DATABASE_URL, KAFKA_BOOTSTRAP_SERVERS, TOPIC, STREAMS.
@@ -32,7 +33,7 @@ from schemas.topics import Topics
 from tests.benchmarks import workload
 from tests.benchmarks.stage import END_DEADLINE_S, LOOK_S, Contestant, Failed, Stage
 
-TICK_S: Final = 0.005
+TICK_S: Final = 0.02
 PROSPECTS_EACH: Final = 500  # of a campaign with a stream of its own; elsewhere one moves to and fro
 LATE_AT_MOST: Final = 0.02  # of the hints that were due may be missing
 PRODUCING_DEADLINE_S: Final = 30.0
