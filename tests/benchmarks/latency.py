@@ -48,6 +48,7 @@ class Course:
     cpu_s: float = 0.0
     sessions_s: float = 0.0  # CPU of the service's sessions in PostgreSQL
     generations: float = 0.0
+    flushing_s: float = 0.0  # of all generations together
     others: float = 0.0
     made: Mapping[str, int] = field(default_factory=dict)
     answers: Mapping[str, Mapping[int, Answer]] = field(default_factory=dict)
@@ -132,7 +133,7 @@ async def steady(
 
 async def _watched(course: Course, meanwhile: Callable[[Course], Awaitable[None]]) -> None:
     sessions = await workload.sessions(course.stage.postgres.url(course.database))
-    sessions_s, generations = tree_cpu_s(sessions), await _generations(course.services)
+    sessions_s, (generations, flushing_s) = tree_cpu_s(sessions), await _generations(course.services)
     course.begun = time.monotonic()
     cpu_s, busy_s = sum(service.cpu_s() for service in course.services), others_s()
     await meanwhile(course)
@@ -140,13 +141,19 @@ async def _watched(course: Course, meanwhile: Callable[[Course], Awaitable[None]
     course.cpu_s = sum(service.cpu_s() for service in course.services) - cpu_s
     course.others = (others_s() - busy_s) / (course.ended - course.begun)
     course.sessions_s = tree_cpu_s(sessions) - sessions_s
-    course.generations = await _generations(course.services) - generations
+    generations_then, flushing_s_then = await _generations(course.services)
+    course.generations, course.flushing_s = generations_then - generations, flushing_s_then - flushing_s
     for service in course.services:
         service.resident_mb()
 
 
-async def _generations(services: Sequence[Contestant]) -> float:
-    return sum([(await service.metrics())["campaign_stats_generation_seconds_count"] for service in services])
+async def _generations(services: Sequence[Contestant]) -> tuple[float, float]:
+    """How many so far, and how many seconds they took."""
+    told = [await service.metrics() for service in services]
+    count, seconds = (
+        sum(metrics[f"campaign_stats_generation_seconds_{what}"] for metrics in told) for what in ("count", "sum")
+    )
+    return count, seconds
 
 
 def latencies(course: Course, stream: str) -> dict[str, float]:
@@ -159,6 +166,7 @@ def latencies(course: Course, stream: str) -> dict[str, float]:
         "CPU us/hint": course.cpu_s / max(1, len(taken)) * 1e6,
         "CPU us/hint in PostgreSQL": course.sessions_s / max(1, len(taken)) * 1e6,
         "hints/generation": len(taken) / max(1, course.generations),
+        "ms/generation": course.flushing_s / max(1, course.generations) * 1e3,
     }
 
 
@@ -180,7 +188,14 @@ async def measure(stage: Stage) -> Report:
         *(
             Figure(f"{name}: {value}", list(counted(trials, name, value).values()), ",.1f")
             for name in NAMES
-            for value in ("p50 ms", "p99 ms", "CPU us/hint", "CPU us/hint in PostgreSQL", "hints/generation")
+            for value in (
+                "p50 ms",
+                "p99 ms",
+                "CPU us/hint",
+                "CPU us/hint in PostgreSQL",
+                "hints/generation",
+                "ms/generation",
+            )
         ),
     ]
     return report

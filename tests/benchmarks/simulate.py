@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from tests.benchmarks.latency import PER_SECOND
 from tests.servers import REPOSITORY
 
 RESULTS: Final = REPOSITORY / "build" / "bench.json"
@@ -105,9 +104,7 @@ def read(document: Mapping[str, Any]) -> Constants:
     of the drain's is its share of the generation.
     """
     hint_us = _median(document, "reading", "aiokafka, our checks: CPU us/event")
-    runs = [
-        run for run in document["measures"]["drain"]["runs"] if run["contestant"] == "service" and not run["problems"]
-    ]
+    runs = [run for run in document["measures"]["drain"]["runs"] if run["contestant"] == "service" and run["counts"]]
     hints, recounts, published = (sum(run[name] for run in runs) for name in ("events", "recounts", "published"))
     recount_us = (sum(run["cpu_s"] for run in runs) * 1e6 - hint_us * hints) / recounts
     database_us = sum(run["postgres_s"] for run in runs) * 1e6 / recounts
@@ -120,7 +117,8 @@ def read(document: Mapping[str, Any]) -> Constants:
         database_us=database_us,
         generation_us=beyond_us * together,
         generation_database_us=beyond_database_us * together,
-        generation_s=together / PER_SECOND - together * (hint_us + recount_us + database_us) / 1e6,
+        generation_s=_median(document, "latency", "service: ms/generation") / 1e3
+        - together * (recount_us + database_us) / 1e6,
         kafka_us=sum(run["kafka_s"] for run in runs) * 1e6 / hints,
         told=published / recounts,
         hint_bytes=435,

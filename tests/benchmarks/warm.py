@@ -1,7 +1,8 @@
 """The second half of three million hints: the service beside a warm Kafka Streams that only counts, in memory.
 
-The clock starts at the first look that finds half of the hints read, by each one's own count (the service's /metrics,
-what the peer prints). It stops when the service has committed and published everything, when the peer has counted it.
+The peer has two threads and so stands beside two processes of the service, as in the drain; one is told too. The clock
+starts at the first look that finds half of the hints read, by each one's own count (the service's /metrics, what the
+peer prints). It stops when the service has committed and published everything, when the peer has counted it.
 """
 
 import asyncio
@@ -33,7 +34,7 @@ HINTS: Final = 3_000_000
 HALF: Final = HINTS // 2
 DEADLINE_S: Final = 180.0
 AIM: Final = 1.2
-SERVICE: Final = "service, second half"
+NAMES: Final = {1: "service, second half", 2: "service, two processes, second half"}
 PEER: Final = Peer(
     "Kafka Streams in memory, second half", at_least(AIM, is_aim=True), streams.command, sys.maxsize,
     {**STREAMS, "STORE": "memory"}, counts_only=True,
@@ -45,45 +46,60 @@ async def measure(stage: Stage) -> Report:
     runs: list[Run] = []
     async with stage.round(1, seed=400, hints=HINTS) as common:
         for number in range(1, stage.size.rounds + 1):
-            contestants = [partial(_service, stage, common, number), partial(_streams, stage, common, number)]
+            contestants = [
+                *(partial(_service, stage, common, number, processes) for processes in NAMES),
+                partial(_streams, stage, common, number),
+            ]
             for place, attempt in enumerate(contestants if number % 2 else contestants[::-1]):
                 runs.append(await stage.undisturbed(f"w{number}-{place}", attempt))
     report = reported("warm", runs)
-    ours, theirs = rates(runs, SERVICE), rates(runs, PEER.name)
+    one, two, theirs = (rates(runs, name) for name in (*NAMES.values(), PEER.name))
     report.figures = [
-        Figure("vs warm Kafka Streams in memory", ratios(ours, theirs), ",.2f", PEER.limit),
-        Figure(f"{SERVICE}: events/s", list(ours.values()), ",.0f"),
-        Figure(f"{PEER.name}: events/s", list(theirs.values()), ",.0f"),
+        Figure("two processes vs warm Kafka Streams in memory, two threads", ratios(two, theirs), ",.2f", PEER.limit),
+        Figure("one process vs warm Kafka Streams in memory, two threads", ratios(one, theirs), ",.2f"),
+        *(
+            Figure(f"{name}: events/s", list(rates(runs, name).values()), ",.0f")
+            for name in (*NAMES.values(), PEER.name)
+        ),
     ]
     return report
 
 
-async def _service(stage: Stage, common: Round, number: int, name: str) -> Run:
+async def _service(stage: Stage, common: Round, number: int, processes: int, name: str) -> Run:
     topics, before = common.topics, await stage.template()
     behind = await workload.ends(stage.kafka.bootstrap, topics.of(events.STATS_UPDATED))
     async with stage.database(name, of=common.database) as database, stage.admin() as admin:
         group = Group(admin, name, topics.of(events.STATUS_CHANGED))
-        service = stage.service(name, topics.prefix, database, name)
-        service.start()
+        services = [stage.service(f"{name}-{place}", topics.prefix, database, name) for place in range(processes)]
         problems: list[str] = []
         try:
-            deadline = await group.joined(service) + DEADLINE_S
+            for service in services:
+                service.start()
+            deadline = await group.joined(services[0], members=processes) + DEADLINE_S
             half = 0
-            while half < HALF and time.monotonic() < deadline and not service.has_ended:
+            while half < HALF and time.monotonic() < deadline and not any(service.has_ended for service in services):
                 await asyncio.sleep(LOOK_S)
-                half = round((await service.metrics())[HINTS_READ])
+                half = round(sum([(await service.metrics())[HINTS_READ] for service in services]))
             if not HALF <= half < HINTS:
-                raise Failed(f"{name} was not seen at half: {service.last_lines(3)}")
-            begun, cpu_s, busy_s = time.monotonic(), service.cpu_s(), others_s()
-            finished = await stage.drained(database, group, [service], HINTS)
-            cpu_s, busy_s = service.cpu_s() - cpu_s, others_s() - busy_s
-            problems += await stopped([service])
+                raise Failed(f"{name} was not seen at half: {services[0].last_lines(3)}")
+            begun, cpu_s, busy_s = time.monotonic(), sum(service.cpu_s() for service in services), others_s()
+            finished = await stage.drained(database, group, services, HINTS)
+            cpu_s, busy_s = sum(service.cpu_s() for service in services) - cpu_s, others_s() - busy_s
+            problems += await stopped(services)
         finally:
-            service.stop()
+            for service in services:
+                service.stop()
         news = await workload.read_news(stage.kafka.bootstrap, topics.of(events.STATS_UPDATED), behind)
         problems += await workload.prove(stage.postgres.url(database), before, news, set(common.draws))
     return Run(
-        SERVICE, number, HINTS - half, finished - begun, cpu_s, service.peak_mb, busy_s / (finished - begun), problems
+        NAMES[processes],
+        number,
+        HINTS - half,
+        finished - begun,
+        cpu_s,
+        sum(service.peak_mb for service in services),
+        busy_s / (finished - begun),
+        problems,
     )
 
 
