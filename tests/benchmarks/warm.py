@@ -119,7 +119,7 @@ async def _streams(stage: Stage, common: Round, number: int, name: str) -> Run:
             await asyncio.sleep(LOOK_S / 5)
             counted = counted_in(process)
             process.resident_mb()
-        finished, busy_s = time.monotonic(), others_s() - busy_s
+        finished, cpu_s, busy_s = time.monotonic(), process.cpu_s() - cpu_s, others_s() - busy_s
         if not HALF <= half < HINTS:
             raise Failed(f"{name} was not seen at half: {process.last_lines(3)}")
         code = await process.ended(DEADLINE_S)
