@@ -1,8 +1,8 @@
 """`make bench`: start servers, measure, print a table, write build/bench.json.
 
-`ONLY=drain,relay` measures a part, `QUICK=1` the most important with fewer rounds and less of everything, `LONG=1` what
-needs millions (`make bench-long`). Exit code 0 when every limit holds, 1 when one does not or a run came out wrong, 2
-when something is missing.
+`ONLY=drain,relaying` measures a part, `QUICK=1` the most important with fewer rounds and less of everything, `LONG=1`
+what needs millions (`make bench-long`). Exit code 0 when every limit holds, 1 when one does not or a run came out
+wrong, 2 when something is missing.
 """
 
 import asyncio

@@ -184,6 +184,7 @@ async def measure(stage: Stage) -> Report:
     stage.say(f"  warm-up, does not count: service: p99 ms {warm_up.values['p99 ms']:,.0f}")
     trials = await interleaved(stage, "latency", stage.size.rounds, {name: partial(attempt, name) for name in NAMES})
     report = report_of("latency", stage, trials)
+    report.problems = [*(f"warm-up: {why}" for why in warm_up.problems), *report.problems]
     ours, polls = NAMES
     against = ratios(counted(trials, ours, "p99 ms"), counted(trials, polls, "p99 ms"))
     report.figures = [

@@ -333,8 +333,11 @@ class Contestant(Server):
         return self._cpu_s
 
     async def metrics(self) -> dict[str, float]:
-        """What it says about itself: series with their labels -> value."""
-        page = await asyncio.to_thread(_get, f"http://127.0.0.1:{self.port}/metrics")
+        """What it says about itself: series with their labels -> value. Raises Failed when it does not answer."""
+        try:
+            page = await asyncio.to_thread(_get, f"http://127.0.0.1:{self.port}/metrics")
+        except OSError as error:
+            raise Failed(f"{self.name} does not answer ({error}):\n{self.last_lines()}") from error
         return {
             name: float(value)
             for name, _, value in (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
