@@ -50,7 +50,7 @@ from tests.benchmarks.stage import PEERS_PYTHON, Failed, Size, Stage, flush_s
 from tests.servers import KAFKA_VERSION, REPOSITORY, ApacheKafka, java_available
 
 FULL: Final = Size(campaigns=10_000, hints=1_000_000, rounds=3)
-QUICK: Final = Size(campaigns=5_000, hints=200_000, rounds=2, is_quick=True)
+QUICK: Final = Size(campaigns=5_000, hints=500_000, rounds=2, is_quick=True)
 DEADLINE_S: Final = {"QUICK": 10 * 60.0, "": 60 * 60.0, "LONG": 2 * 60 * 60.0}
 POSTGRES: Final = {"fsync": "on", "synchronous_commit": "on", "shared_buffers": "512MB", "max_wal_size": "4GB"}
 KAFKA: Final = {"group.initial.rebalance.delay.ms": "1000"}  # default 3 000; so that two join in one rebalance
