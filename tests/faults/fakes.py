@@ -13,7 +13,7 @@ from uuid import UUID
 from consumer.deadletters import Row
 from consumer.errors import OwnershipLost, Unavailable
 from consumer.generation import Partition, Passed
-from tests.unit.builders import Bytes
+from tests.unit.builders import Batch, Bytes
 
 HINTS, REQUESTS = "prospect.status-changed", "campaign.sync-requested"
 PARTITIONS: tuple[Partition, ...] = ((HINTS, 0), (HINTS, 1), (REQUESTS, 0))
@@ -28,15 +28,6 @@ SendFate = Literal["acknowledged", "failed", "unheard", "away", "refused", "clos
 
 class Crash(BaseException):
     """The process is gone at this point. No Exception, so that nobody takes it for an error to be handled."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one poll brings from one partition."""
-
-    partition: Partition
-    records: Sequence[Bytes]
-    next_offset: int
 
 
 @dataclass

@@ -91,8 +91,8 @@ async def test_an_overlapping_recount_never_undoes_the_products_change_unlike_th
             await asyncio.sleep(0.001)
 
     async def one_statement(connection: asyncpg.Connection, campaign_id: UUID) -> None:
-        # Two of the control's statements can also lock each other out (3 of 4 525 did, none of the product's): the old
-        # row version is found again by the UPDATE. Rolled back, the loser changed nothing.
+        # Two of the control's statements can also lock each other out (3 of 4 525 did, none of the product's). Rolled
+        # back, the loser changed nothing.
         with contextlib.suppress(asyncpg.DeadlockDetectedError):
             await connection.execute(ONE_STATEMENT, [campaign_id])
 

@@ -1,7 +1,7 @@
 """Valid values; a test overrides only the fields it is about."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
@@ -11,7 +11,7 @@ import msgspec
 import msgspec.structs
 
 from consumer.envelope import Cause, StatusHint, SyncRequest
-from consumer.generation import Work
+from consumer.generation import Partition, Work
 from consumer.guard import Limits, Resolved, Verdict, Window
 from consumer.outcome import Campaign, Held, Judgement, OutboxRow, Recount
 from schemas.events import Trigger
@@ -163,6 +163,15 @@ class Bytes:
     partition: int = 0
     offset: int = 0
     timestamp: int = 1_776_857_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one poll brings from one partition."""
+
+    partition: Partition
+    records: Sequence[Bytes]
+    next_offset: int
 
 
 def hint_event(number: int = 0, **attributes: object) -> dict[str, object]:

@@ -15,13 +15,13 @@ from consumer.generation import Passed
 from consumer.outcome import Outcome
 from consumer.pipeline import CHUNKS_AT_ONCE, FAR_BEHIND, Pipeline
 from tests.unit.builders import (
+    Batch,
     hint_event,
     structured,
 )
 from tests.unit.world import (
     CHUNK,
     TOPIC,
-    Batch,
     Run,
     World,
     batch,

@@ -22,6 +22,7 @@ from consumer.pipeline import Pipeline
 from consumer.recount import Rules, WindowRead
 from tests.unit.builders import (
     NOW,
+    Batch,
     Bytes,
     campaign,
     held,
@@ -34,13 +35,6 @@ TOPIC = "prospect.status-changed"
 CHUNK = 4  # campaigns, so that a generation has several chunks
 SHARED = 99_993  # is recounted at once, see Transaction
 STEPS = 5_000  # turns of the event loop; far more than any example needs
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    partition: Partition
-    records: Sequence[Bytes]
-    next_offset: int
 
 
 @dataclass
