@@ -76,28 +76,28 @@ class Metrics:
         )
         self.generation_records = self._histogram(
             "generation_records",
-            "Records in a committed generation: 1 when idle, large under backlog.",
+            "Records in a flushed generation: 1 when idle, large under backlog.",
             "records",
             "you want to know how much is coalesced",
             SIZES,
         )
         self.generation_campaigns = self._histogram(
             "generation_campaigns",
-            "Dirty campaigns in a committed generation.",
+            "Dirty campaigns in a flushed generation.",
             "campaigns",
             "recounts cost more than expected: many different campaigns, or the same ones again",
             SIZES,
         )
         self.generation_seconds = self._histogram(
             "generation_seconds",
-            "From the start of a generation's flush to the commit of its offsets.",
+            "From the start of a generation's flush until its offsets may be committed, which follows within 0.1 s.",
             "seconds",
             "delay rises: is it the flush, or does it wait in the outbox",
             FAST_S,
         )
         self.commits_refused = self._counter(
             "commits_refused",
-            "Generations dropped because their partitions were taken away; normal in a rebalance.",
+            "Generations dropped or commits refused because partitions were taken away; normal in a rebalance.",
             "generations",
             "it rises without a deployment: the group keeps rebalancing",
         )

@@ -1,7 +1,7 @@
 """From Kafka to the database: poll, decode, collect a generation; flush it; commit its offsets.
 
-Fetching and flushing run at once. While the database works on one generation the next one collects, so an idle service
-answers at once and a backlog makes large batches.
+Fetching, flushing and committing run at once. While the database works on one generation the next one collects, so an
+idle service answers at once and a backlog makes large batches; offsets follow what was flushed, never the other way.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from consumer.envelope import (
     SyncRequest,
     placed,
 )
-from consumer.errors import OwnershipLost, ServiceError, described
+from consumer.errors import OwnershipLost, ServiceError, Unavailable, described
 from consumer.generation import CHUNK_CAMPAIGNS, Generation, Partition, Passed, Work
 from consumer.health import Health
 from consumer.metrics import RECORD_KINDS, Metrics
@@ -40,6 +40,7 @@ FAR_BEHIND: Final = 10_000  # records not yet read: a backlog; a steady stream l
 RESTS: Final = 5  # in a backlog: how long nothing is recounted after a chunk, in times of what it took
 REST_AT_MOST_S: Final = 0.5
 RESTS_AT_MOST_S: Final = 10.0  # of a flush: then it goes on without, so that offsets move
+COMMIT_EVERY_S: Final = 0.1  # at most so often; a killed process makes the next owner repeat that much more
 CHUNKS_AT_ONCE: Final = 2  # outside a backlog, where reading leaves the processor to them
 HOLD_AT_MOST: Final = 64 * 1024 * 1024  # bytes of dead letters, held whole until they are written, and of requests' ids
 
@@ -88,7 +89,9 @@ class Wake(Protocol):
 
 
 class Pipeline:
-    """One per process. `fetch` and `flush_for_ever` are its two tasks; revocation and shutdown call `let_go`."""
+    """One per process. `fetch`, `flush_for_ever` and `commit_for_ever` are its tasks; revocation and shutdown call
+    `let_go`.
+    """
 
     def __init__(
         self,
@@ -102,6 +105,7 @@ class Pipeline:
         wake_relay: Wake,
         wake_deferred: Wake,
         cdc_topic: str | None = None,
+        commit_every_s: float = COMMIT_EVERY_S,
     ) -> None:
         self._cdc_topic = cdc_topic
         self._source = source
@@ -112,6 +116,7 @@ class Pipeline:
         self._health = health
         self._wake_relay = wake_relay
         self._wake_deferred = wake_deferred
+        self._commit_every_s = commit_every_s
         self._collecting = Generation()
         self._passed: list[Passed] = []
         self._full = False
@@ -120,6 +125,12 @@ class Pipeline:
         self._idle.set()
         self._hurry = asyncio.Event()  # the flush does not rest between chunks
         self._hurry.set()
+        self._flushed: dict[Partition, int] = {}  # offsets that may be committed
+        self._flushed_generations = 0  # whose offsets these are
+        self._to_commit = asyncio.Event()
+        self._committed = asyncio.Event()  # nothing is to be committed and no commit under way
+        self._committed.set()
+        self._leaving = asyncio.Event()
         self._epoch = 0
         self.is_ours = False  # between let_go and take_over nothing is collected and nothing flushed
         self.assigned: frozenset[Partition] = frozenset()
@@ -185,7 +196,7 @@ class Pipeline:
                 self._metrics.records.labels(kind).inc(count)
 
     async def flush_for_ever(self) -> None:
-        """Take what was collected, make it true, commit; strictly one generation after the other."""
+        """Take what was collected, make it true, release its offsets; strictly one generation after the other."""
         while True:
             await self._filled.wait()
             self._filled.clear()
@@ -206,7 +217,7 @@ class Pipeline:
                 self._idle.set()
 
     async def _flush(self, generation: Generation, passed: Sequence[Passed], epoch: int) -> None:
-        """Make everything in `generation` true in the database, then commit its offsets."""
+        """Make everything in `generation` true in the database, then release its offsets."""
         begun = time.monotonic()
         if generation.dead_letters or passed:
             letters, stubs = list(generation.dead_letters), list(passed)
@@ -215,10 +226,8 @@ class Pipeline:
         await self._recount(generation, epoch)
         if generation.oldest is not None and generation.campaigns:
             self._metrics.freshness.observe(max(0.0, time.time() - generation.oldest))
-        await self._health.persist("commit", lambda: self._commit(generation, epoch))
-        self._health.progressed()
+        self._release(generation, epoch)
         seconds = time.monotonic() - begun
-        self._metrics.generations.inc()
         self._metrics.generation_records.observe(generation.records)
         self._metrics.generation_campaigns.observe(generation.campaigns)
         self._metrics.generation_seconds.observe(seconds)
@@ -300,37 +309,84 @@ class Pipeline:
         for stub in passed:
             self._metrics.dead_letters.labels("too_large" if stub.too_large else "unreadable").inc()
 
-    async def _commit(self, generation: Generation, epoch: int) -> None:
-        self._still_ours(epoch)
-        if generation.offsets:
-            await self._source.commit(generation.offsets)
+    def _release(self, generation: Generation, epoch: int) -> None:
+        """Everything up to its offsets is true: they may be committed, also while the partitions are taken away."""
+        self._same_assignment(epoch)
+        self._flushed.update(generation.offsets)
+        self._flushed_generations += 1
+        self._committed.clear()
+        self._to_commit.set()
+
+    async def commit_for_ever(self) -> None:
+        """Commit what was released, beside the next flush: at once, but at most every `commit_every_s`, because each
+        commit is a write of the broker's (measured: tests/benchmarks/performance.md, "Results").
+        """
+        while True:
+            await self._to_commit.wait()
+            self._to_commit.clear()
+            offsets, self._flushed = self._flushed, {}
+            generations, self._flushed_generations = self._flushed_generations, 0
+            try:
+                if offsets:
+                    await self._health.persist("commit", partial(self._commit, offsets, self._epoch))
+                    self._health.progressed()
+                    self._metrics.generations.inc(generations)
+            except (OwnershipLost, Unavailable) as lost:  # the latter only while the process stops
+                self._metrics.commits_refused.inc()
+                log.info("offsets dropped, their new owner repeats what was flushed", why=str(lost))
+            finally:
+                if not self._to_commit.is_set():
+                    self._committed.set()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._commit_every_s):
+                    await self._leaving.wait()
+
+    async def _commit(self, offsets: Mapping[Partition, int], epoch: int) -> None:
+        """While the partitions are being taken away it is tried only once."""
+        self._same_assignment(epoch)
+        try:
+            await self._source.commit(offsets)
+        except Unavailable as error:
+            if self.is_ours:
+                raise
+            raise OwnershipLost(f"not committed before the partitions were taken away: {error}") from error
 
     def _still_ours(self, epoch: int) -> None:
-        if epoch != self._epoch:
+        if not self.is_ours:
             raise OwnershipLost("the partitions were taken away")
+        self._same_assignment(epoch)
+
+    def _same_assignment(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            raise OwnershipLost("the partitions were given out anew")
 
     async def let_go(self) -> None:
-        """Partitions are taken away or the process stops: drop what was not begun and wait for the running chunk.
+        """Partitions are taken away or the process stops: drop what was not begun, finish the running chunk, and commit
+        what was flushed as a whole.
 
         Waits without a limit of its own; the caller has one deadline for everything.
         """
-        self._epoch += 1
         self.is_ours = False
         self._collecting = Generation()
         self._passed = []
         self._full = False
         self._hurry.set()
         self.assigned = frozenset()
+        self._leaving.set()
         await self._idle.wait()
+        await self._committed.wait()
 
     @property
     def epoch(self) -> int:
-        """Rises whenever partitions are taken away."""
+        """Rises whenever partitions are given out."""
         return self._epoch
 
     def take_over(self, partitions: Sequence[Partition]) -> None:
         """These partitions are ours now, and nothing of the time before is left."""
+        self._epoch += 1
         self.is_ours = True
+        self._leaving.clear()
+        self._flushed, self._flushed_generations = {}, 0
         self._collecting = Generation()
         self._passed = []
         self._full = False

@@ -192,6 +192,7 @@ class Service:
             jobs: list[tuple[str, Coroutine[None, None, None]]] = [
                 ("fetch", self._pipeline.fetch()),
                 ("flush", self._pipeline.flush_for_ever()),
+                ("commit", self._pipeline.commit_for_ever()),
                 ("sample", self._sample()),
                 ("watchdog", self._watch()),
             ]

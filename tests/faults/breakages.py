@@ -57,7 +57,7 @@ BREAKAGES: Final = (
             Edit(
                 "consumer.pipeline:Pipeline._flush",
                 "    await self._recount(generation, epoch)\n",
-                "    await self._commit(generation, epoch)\n    await self._recount(generation, epoch)\n",
+                "    self._release(generation, epoch)\n    await self._recount(generation, epoch)\n",
             ),
         ),
     ),
@@ -70,9 +70,9 @@ BREAKAGES: Final = (
             Edit(
                 "consumer.pipeline:Pipeline._chunk",
                 "self._still_ours(epoch)",
-                "if epoch != self._epoch: return Outcome()",
+                "if not self.is_ours or epoch != self._epoch: return Outcome()",
             ),
-            Edit("consumer.pipeline:Pipeline._commit", "self._still_ours(epoch)", "pass"),
+            Edit("consumer.pipeline:Pipeline._release", "self._same_assignment(epoch)", "pass"),
         ),
     ),
     Breakage(
@@ -80,7 +80,20 @@ BREAKAGES: Final = (
         "A flush of an assignment that is over goes on and commits.",
         2,
         "offsets go back",
-        (Edit("consumer.pipeline:Pipeline._still_ours", "if epoch != self._epoch:", "if False:"),),
+        (
+            Edit("consumer.pipeline:Pipeline._still_ours", "if not self.is_ours:", "if False:"),
+            Edit("consumer.pipeline:Pipeline._same_assignment", "if epoch != self._epoch:", "if False:"),
+        ),
+    ),
+    Breakage(
+        "offsets_of_an_older_assignment",
+        "Offsets that could not be committed are committed after their partitions were given out anew.",
+        4,
+        "offsets go back",
+        (
+            Edit("consumer.pipeline:Pipeline._commit", "self._same_assignment(epoch)", "pass"),
+            Edit("consumer.pipeline:Pipeline._commit", "if self.is_ours:", "if True:"),
+        ),
     ),
     Breakage(
         "revocation_keeps_the_collected",
@@ -118,8 +131,8 @@ BREAKAGES: Final = (
             ),
             Edit(
                 "consumer.pipeline:Pipeline._flush",
-                'await self._health.persist("commit", lambda: self._commit(generation, epoch))',
-                'await self._health.persist("commit", lambda: self._commit(generation, epoch))\n'
+                "self._release(generation, epoch)",
+                "self._release(generation, epoch)\n    await self._committed.wait()\n"
                 "    await self._bury(list(generation.dead_letters), list(passed), epoch)",
             ),
         ),

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, TypeVar
 from uuid import UUID, uuid5
@@ -84,7 +85,7 @@ def plans(points: Sequence[Point], actions: Sequence[Action]) -> st.SearchStrate
 
 
 flush_plans = plans(
-    ("begin", "recount", "recounted", "saved", "committed"),
+    ("begin", "recount", "recounted", "saved", "committed", "offsets"),
     ("crash", "lose", "error", "write", "collect", "revoke", "overrun", "regain", "regain", "work", "flush"),
 )
 work_plans = plans(
@@ -163,7 +164,7 @@ class Machine(RuleBasedStateMachine):
     def _replica(self, number: int) -> Replica:
         database = self.arena.databases[number]
         database.probe = self
-        member = Member(self.log, number, self.model.delivered, self._fate, self._accepts)
+        member = Member(self.log, number, self.model.delivered, partial(self._fate, number), self._accepts)
         return Replica(number, database, member, self.topics)
 
     def _step(self, step: Any) -> None:
@@ -304,8 +305,10 @@ class Machine(RuleBasedStateMachine):
                     await self._release(commit=True)
                     return
 
-    def _fate(self) -> CommitFate:
+    async def _fate(self, replica: int) -> CommitFate:
+        """Of a commit, after whatever was planned to happen while it is on its way."""
         fate, self.commit_fate = self.commit_fate, "accepted"
+        await self.arrive(replica, "offsets", None)
         return fate
 
     async def _accepts(self, offsets: Mapping[Partition, int]) -> None:

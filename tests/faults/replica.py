@@ -26,7 +26,7 @@ STEP_DEADLINE_S = 30.0
 GRACE_S = 3_600.0  # nothing of an example comes due by itself: time passes by a step of its own
 LIMITS = Limits(threshold_bp=1_000, min_sent=10, window=20)
 
-Point = Literal["begin", "taken", "recount", "recounted", "saved", "committed", "read", "sent"]
+Point = Literal["begin", "taken", "recount", "recounted", "saved", "committed", "offsets", "read", "sent"]
 
 
 class Probe(Protocol):
@@ -123,21 +123,25 @@ class Replica:
             health,
             wake_relay=self.relay.wake,
             wake_deferred=self.deferred.wake,
+            commit_every_s=0,
         )
-        self._tasks = [asyncio.create_task(self.pipeline.fetch()), asyncio.create_task(self.pipeline.flush_for_ever())]
+        jobs = self.pipeline.fetch(), self.pipeline.flush_for_ever(), self.pipeline.commit_for_ever()
+        self._tasks = [asyncio.create_task(job) for job in jobs]
 
     async def collected(self) -> None:
         """Everything granted was collected; a flush may be under way."""
         await self._either(self.member.polling.wait())
 
     async def idle(self) -> None:
-        """Everything collected was flushed. Raises what ended a task."""
+        """Everything collected was flushed and committed. Raises what ended a task."""
         async with asyncio.timeout(STEP_DEADLINE_S):
             await self.collected()
-            while self.pipeline._filled.is_set() or not self.pipeline._idle.is_set():  # nothing public says so
-                if self.pipeline._filled.is_set():
+            pipeline = self.pipeline  # nothing public says so
+            while pipeline._filled.is_set() or not (pipeline._idle.is_set() and pipeline._committed.is_set()):
+                if pipeline._filled.is_set():
                     await self._either(asyncio.sleep(0))
-                await self._either(self.pipeline._idle.wait())
+                await self._either(pipeline._idle.wait())
+                await self._either(pipeline._committed.wait())
 
     async def _either(self, waiting: object) -> None:
         """Wait, but not for a task that ended."""

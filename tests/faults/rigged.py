@@ -32,7 +32,7 @@ from consumer.cli import main
 from consumer.database import Database, Transaction
 from consumer.deadletters import DeadLetters
 from consumer.deferred import DeferredWorker
-from consumer.generation import Generation
+from consumer.generation import Generation, Partition
 from consumer.pipeline import Pipeline
 from consumer.reconcile import Sweep
 from consumer.relay import Relay
@@ -85,6 +85,7 @@ def passed(point: str) -> None:
         os.kill(os.getpid(), int(os.environ.get("FAULT_SIGNAL", signal.SIGKILL)))
 
 
+_worked: set[tuple[Partition, int]] = set()  # offsets of generations that held a record
 _edits = ExitStack()  # never left
 
 
@@ -137,12 +138,13 @@ def _rig_points() -> None:
         after="after poll",
         matters=lambda _, found: any(batch.records for batch in found[0]),
     )
+    _note_work()
     _around(
         Pipeline,
         "_commit",
         before="before offsets",
         after="after offsets",
-        matters=lambda generation, _: generation.records > 0,
+        matters=lambda offsets, _: not _worked.isdisjoint(offsets.items()),
     )
     _around(Pipeline, "_chunk", before="before chunk", engine="chunk")
     _around(DeferredWorker, "turn", engine="deferred")
@@ -171,6 +173,17 @@ def _rig_points() -> None:
 
     _replace(Database, "transaction", with_points)
     _around_record()
+
+
+def _note_work() -> None:
+    release = Pipeline._release
+
+    def noted(self: Pipeline, generation: Generation, epoch: int) -> None:
+        if generation.records:
+            _worked.update(generation.offsets.items())
+        release(self, generation, epoch)
+
+    _replace(Pipeline, "_release", noted)
 
 
 def _around_record() -> None:
@@ -286,6 +299,7 @@ def dead_letters_after_the_offsets() -> None:
     async def broken(self: Pipeline, generation: Generation, passed_: Any, epoch: int) -> None:
         letters = list(generation.dead_letters)
         await flush(self, generation, passed_, epoch)
+        await self._committed.wait()
         if letters or passed_:
             await bury(self, letters, list(passed_), epoch)
 

@@ -220,3 +220,26 @@ async def test_a_session_over_a_unix_socket_works_without_being_watched(database
         assert ours.family == socket.AF_UNIX
         assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0
         assert await connection.fetchval("SELECT 1") == 1
+
+
+async def test_only_the_relay_does_not_wait_for_the_disk(database_url: str, db: asyncpg.Connection) -> None:
+    """What it deletes was acknowledged: should the server forget the deletion, the same events are sent once more."""
+    ids = [
+        await db.fetchval(
+            "INSERT INTO campaign_stats.outbox (shard, campaign_id, type, event)"
+            " VALUES (0, gen_random_uuid(), 'campaign.stats_updated.v1', '{}') RETURNING id"
+        )
+        for _ in range(3)
+    ]
+    async with opened(database_url) as database:
+        async with database.transaction() as relay:
+            assert await relay._connection.fetchval("SHOW synchronous_commit") == "on"
+            await relay.finish_outbox(ids[:1], {ids[1]: "too large"})
+            assert await relay._connection.fetchval("SHOW synchronous_commit") == "off"
+            session = relay._connection.get_server_pid()
+        async with database.transaction() as recount:
+            assert recount._connection.get_server_pid() == session, "another session shows nothing"
+            await recount.save(Outcome())
+            assert await recount._connection.fetchval("SHOW synchronous_commit") == "on"
+    left = await db.fetch("SELECT id, error FROM campaign_stats.outbox ORDER BY id")
+    assert [tuple(row) for row in left] == [(ids[1], "too large"), (ids[2], None)]

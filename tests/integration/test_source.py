@@ -177,3 +177,48 @@ async def _serve(member: Member) -> None:
     await member.start()
     while True:
         await member.turn()
+
+
+@pytest.mark.parametrize("leaves", ["at a rebalance", "at a stop"])
+async def test_what_was_read_can_be_committed_while_the_partitions_are_taken_away(bus: Bus, leaves: str) -> None:
+    topic, group, truth = bus.topics.prefix + "prospect.status-changed", f"g{uuid4().hex[:8]}", Truth()
+    for number in range(3):
+        await bus.publish(topic, b"{}", partition=number)
+        truth.good[topic, number], truth.broken[topic, number] = {0}, set()
+    read = dict.fromkeys(truth.good, 1)
+
+    class Late(Member):
+        """Commits nothing before it has to go."""
+
+        async def turn(self) -> None:
+            batches, _ = await self.source.poll()
+            for batch in batches:
+                truth.handed_out.setdefault(batch.partition, set()).update(record.offset for record in batch.records)
+
+        async def _revoked(self) -> None:
+            if truth.handed_out == truth.good and not truth.committed:
+                await self.source.commit(read)
+                truth.committed.update(read)
+
+    first, second = Late(bus, topic, group, truth), Member(bus, topic, group, truth)
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        await first.start()
+        async with asyncio.timeout(40):
+            while truth.handed_out != truth.good:
+                await first.turn()
+            if leaves == "at a stop":
+                await first._revoked()
+                await first.source.stop(5)
+            tasks.append(asyncio.create_task(_serve(second)))
+            while not (second.assignments and truth.is_done()):
+                await (asyncio.sleep(0.05) if leaves == "at a stop" else first.turn())
+            assert await second.source.committed(sorted(read)) == read
+            await asyncio.sleep(0.5)  # what it would read again, it reads at once
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await first.source.stop(5)
+        await second.source.stop(5)
+    assert truth.repeated == []

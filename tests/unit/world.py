@@ -51,6 +51,7 @@ class World:
     outcomes: list[Outcome] = field(default_factory=list)
     committed: dict[Partition, int] = field(default_factory=dict)
     hold: asyncio.Event | None = None  # transactions wait for it
+    hold_commits: asyncio.Event | None = None  # commits of offsets wait for it
 
     def record(self, partition: int, offset: int, kind: str) -> Bytes:
         """The record at this place; `shared` hints are all for one campaign, others for one each."""
@@ -132,6 +133,8 @@ class Source:
 
     async def commit(self, offsets: Mapping[Partition, int]) -> None:
         await asyncio.sleep(0)
+        if self.world.hold_commits is not None:
+            await self.world.hold_commits.wait()
         match next_of(self.world.commit_plan):
             case "away":
                 raise Unavailable("kafka", "no coordinator")
@@ -278,7 +281,7 @@ class Run:
 
 
 @asynccontextmanager
-async def running(world: World) -> AsyncIterator[Run]:
+async def running(world: World, *, commit_every_s: float = 0) -> AsyncIterator[Run]:
     source, metrics = Source(world), Metrics(CollectorRegistry())
     woken: list[str] = world.log
     pipeline = Pipeline(
@@ -290,9 +293,11 @@ async def running(world: World) -> AsyncIterator[Run]:
         Health(),
         wake_relay=lambda: woken.append("relay woken"),
         wake_deferred=lambda: woken.append("deferred woken"),
+        commit_every_s=commit_every_s,
     )
     pipeline.take_over([(TOPIC, 0), (TOPIC, 1)])
-    tasks = [asyncio.create_task(pipeline.fetch()), asyncio.create_task(pipeline.flush_for_ever())]
+    jobs = pipeline.fetch(), pipeline.flush_for_ever(), pipeline.commit_for_ever()
+    tasks = [asyncio.create_task(job) for job in jobs]
     try:
         yield Run(world, source, pipeline, metrics, tasks)
     finally:
