@@ -40,7 +40,8 @@ FAR_BEHIND: Final = 10_000  # records not yet read: a backlog; a steady stream l
 RESTS: Final = 5  # in a backlog: how long nothing is recounted after a chunk, in times of what it took
 REST_AT_MOST_S: Final = 0.5
 RESTS_AT_MOST_S: Final = 10.0  # of a flush: then it goes on without, so that offsets move
-COMMIT_EVERY_S: Final = 0.1  # at most so often; a killed process makes the next owner repeat that much more
+COMMIT_EVERY_S: Final = 0.1  # at most so often; after a kill the next owner repeats that much more
+LAST_COMMIT_S: Final = 1.0  # for a commit while partitions are taken away; without it their next owner repeats a little
 CHUNKS_AT_ONCE: Final = 2  # outside a backlog, where reading leaves the processor to them
 HOLD_AT_MOST: Final = 64 * 1024 * 1024  # bytes of dead letters, held whole until they are written, and of requests' ids
 
@@ -358,13 +359,13 @@ class Pipeline:
 
     def _same_assignment(self, epoch: int) -> None:
         if epoch != self._epoch:
-            raise OwnershipLost("the partitions were given out anew")
+            raise OwnershipLost("the partitions are somebody else's by now")
 
     async def let_go(self) -> None:
         """Partitions are taken away or the process stops: drop what was not begun, finish the running chunk, and commit
         what was flushed as a whole.
 
-        Waits without a limit of its own; the caller has one deadline for everything.
+        Waits for the chunk without a limit of its own; the caller has one deadline for everything.
         """
         self.is_ours = False
         self._collecting = Generation()
@@ -373,20 +374,24 @@ class Pipeline:
         self._hurry.set()
         self.assigned = frozenset()
         self._leaving.set()
-        await self._idle.wait()
-        await self._committed.wait()
+        try:
+            await self._idle.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_COMMIT_S):
+                    await self._committed.wait()
+        finally:  # also when the caller's deadline has passed: from here on nothing of this assignment is committed
+            self._epoch += 1
+            self._flushed, self._flushed_generations = {}, 0
 
     @property
     def epoch(self) -> int:
-        """Rises whenever partitions are given out."""
+        """Rises whenever partitions were taken away."""
         return self._epoch
 
     def take_over(self, partitions: Sequence[Partition]) -> None:
         """These partitions are ours now, and nothing of the time before is left."""
-        self._epoch += 1
         self.is_ours = True
         self._leaving.clear()
-        self._flushed, self._flushed_generations = {}, 0
         self._collecting = Generation()
         self._passed = []
         self._full = False

@@ -168,6 +168,8 @@ class Source:
         wanted = {TopicPartition(*partition): offset for partition, offset in offsets.items()}
         if not wanted.keys() <= assigned:
             raise OwnershipLost("a partition was taken away before its offsets were committed")
+        if self._consumer._coordinator.generation < 0:  # a broker takes a commit without one while nobody is a member
+            raise OwnershipLost("the group has forgotten us")
         try:
             async with asyncio.timeout(CALL_DEADLINE_S):
                 await self._consumer.commit(wanted)

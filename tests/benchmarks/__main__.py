@@ -138,6 +138,12 @@ def _missing(*, with_peers: bool) -> list[str]:
         )
     if not with_peers:
         return missing
+    homes = [f"{home}/bin" for home in (os.environ.get("JAVA_HOME"),) if home]
+    if shutil.which("javac", path=os.pathsep.join([*homes, os.environ.get("PATH", os.defpath)])) is None:
+        missing.append(
+            "the peer Kafka Streams cannot be built, there is no javac: install a JDK"
+            " (Debian: apt-get install openjdk-17-jdk-headless)"
+        )
     if not PEERS_PYTHON.exists():
         missing.append(
             f"the peers {', '.join(PEER_PACKAGES)} are missing: start this by `make bench`, which fetches them"

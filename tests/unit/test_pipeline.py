@@ -151,6 +151,40 @@ async def test_offsets_that_cannot_be_committed_do_not_hold_up_a_revocation_nor_
     assert (world.commit_plan, world.committed) == ([], {})
 
 
+async def test_a_commit_that_hangs_does_not_hold_up_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_module, "LAST_COMMIT_S", 0.05)
+    world = World(hold_commits=asyncio.Event())
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own"])])
+        await run.until(lambda: len(world.outcomes) == 1)
+        await asyncio.wait_for(run.pipeline.let_go(), 5)
+    assert world.committed == {}
+
+
+async def test_after_a_deadline_that_passed_nothing_more_of_the_old_assignment_is_committed() -> None:
+    world = World(hold=asyncio.Event(), hold_commits=asyncio.Event())
+    assert world.hold is not None
+    assert world.hold_commits is not None
+    world.hold.set()
+    async with running(world) as run:
+        for offset in range(2):  # the first one's commit is on its way, the second one waits for it
+            run.source.deliver([batch(world, 0, offset, ["own"])])
+            await run.until(lambda: len(world.outcomes) == offset + 1)  # noqa: B023
+        world.hold.clear()
+        run.source.deliver([batch(world, 0, 2, ["own"])])  # and the third one is being flushed
+        await run.steps(20)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(run.pipeline.let_go(), 0.05)
+        world.hold.set()
+        await run.until(lambda: len(world.outcomes) == 3)
+        run.pipeline.take_over([(TOPIC, 0)])
+        world.hold_commits.set()
+        await run.steps(100)
+        assert world.committed == {(TOPIC, 0): 1}
+        run.source.deliver([batch(world, 0, 3, ["own"])])  # nor has the committer stopped
+        await run.until(lambda: world.committed == {(TOPIC, 0): 4})
+
+
 async def test_an_offset_is_not_committed_while_an_older_generation_is_pending() -> None:
     world = World(hold=asyncio.Event())
     async with running(world) as run:

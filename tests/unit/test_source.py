@@ -8,6 +8,7 @@ from aiokafka import TopicPartition
 
 from consumer.broker import Connection, Source
 from consumer.broker import source as source_module
+from consumer.errors import OwnershipLost
 from consumer.service import Service
 
 PARTITION = TopicPartition("t", 0)
@@ -47,6 +48,22 @@ async def test_a_log_that_was_cut_off_takes_the_committed_offset_back_with_it(mo
     # Else what is written next would be passed over by whoever begins at the committed offset.
     [back], _ = await source.poll()
     assert (back.partition, back.next_offset, list(back.records)) == (("t", 0), 0, [])
+
+
+async def test_who_was_forgotten_by_the_group_commits_nothing() -> None:
+    committed: list[object] = []
+
+    async def commit(offsets: object) -> None:
+        committed.append(offsets)
+
+    client = SimpleNamespace(assignment=lambda: {PARTITION}, commit=commit, _coordinator=SimpleNamespace(generation=7))
+    source = Source(Connection("x:1", {}), ["t"], "g", fetch_max_wait_ms=1, revocation_s=8)
+    vars(source).update(_consumer=client)
+    await source.commit({("t", 0): 3})
+    client._coordinator.generation = -1  # as aiokafka's reset_generation leaves it
+    with pytest.raises(OwnershipLost, match="forgotten"):
+        await source.commit({("t", 0): 4})
+    assert committed == [{PARTITION: 3}]
 
 
 class Offsets:
