@@ -30,6 +30,7 @@ COMPILING_PER_SECOND: Final = 2_000.0
 COMPILING_S: Final = 8.0
 COMPILED: Final = 0.9  # of the broker's CPU in the run before, twice: it falls to a quarter over the first minutes
 COMPILING_RUNS: Final = 8  # at most
+COMPILING_RUNS_QUICK: Final = 5
 CEILING: Final = 0.35
 SERVICE: Final = ("-m", "consumer")
 NAMES: Final[Mapping[str, Sequence[str]]] = {
@@ -226,7 +227,7 @@ async def _compiled(stage: Stage, before: workload.Truth) -> None:
     async def briefly(course: Course) -> None:
         await asyncio.sleep(COMPILING_S)
 
-    for number in range(2 if stage.size.is_quick else COMPILING_RUNS):
+    for number in range(COMPILING_RUNS_QUICK if stage.size.is_quick else COMPILING_RUNS):
         streams = [Stream("all", COMPILING_PER_SECOND)]
         course = await steady(stage, f"latency-warm-up{number}", streams, before=before, meanwhile=briefly)
         values = latencies(course, "all")
