@@ -515,7 +515,10 @@ class Transaction:
         return found
 
     async def finish_outbox(self, published: Sequence[int], refused: Mapping[int, str]) -> None:
-        """Delete what was acknowledged, set aside what can never be sent (id -> why)."""
+        """Delete what was acknowledged, set aside what can never be sent (id -> why).
+
+        The commit of this transaction does not wait for the disk.
+        """
         await self._connection.execute(statement("relay_done"), published, list(refused), list(refused.values()))
 
     async def sweep_turn(self) -> tuple[UUID | None, datetime | None] | None:

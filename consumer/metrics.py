@@ -90,7 +90,7 @@ class Metrics:
         )
         self.generation_seconds = self._histogram(
             "generation_seconds",
-            "From the start of a generation's flush until its offsets may be committed, usually within 0.1 s.",
+            "From the start of a generation's flush until its offsets may be committed.",
             "seconds",
             "delay rises: is it the flush, or does it wait in the outbox",
             FAST_S,

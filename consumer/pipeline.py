@@ -131,6 +131,7 @@ class Pipeline:
         self._to_commit = asyncio.Event()
         self._committed = asyncio.Event()  # nothing is to be committed and no commit under way
         self._committed.set()
+        self._committing: asyncio.Timeout | None = None  # around the commit under way
         self._leaving = asyncio.Event()
         self._epoch = 0
         self.is_ours = False  # between let_go and take_over nothing is collected and nothing flushed
@@ -329,13 +330,17 @@ class Pipeline:
             generations, self._flushed_generations = self._flushed_generations, 0
             try:
                 if offsets:
-                    await self._health.persist("commit", partial(self._commit, offsets, self._epoch))
+                    async with asyncio.timeout(None) as self._committing:
+                        await self._health.persist("commit", partial(self._commit, offsets, self._epoch))
                     self._health.progressed()
                     self._metrics.generations.inc(generations)
-            except (OwnershipLost, Unavailable) as lost:  # the latter only while the process stops
-                self._metrics.commits_refused.inc()
-                log.info("offsets dropped, their new owner repeats what was flushed", why=str(lost))
+            except (OwnershipLost, Unavailable, TimeoutError) as lost:  # the latter two: stopping, or called off
+                self._health.recovered("commit")
+                self._metrics.commits_refused.inc(generations)
+                why = str(lost) or "called off"
+                log.info("offsets dropped, their new owner repeats what was flushed", why=why)
             finally:
+                self._committing = None
                 if not self._to_commit.is_set():
                     self._committed.set()
             with suppress(TimeoutError):
@@ -343,7 +348,7 @@ class Pipeline:
                     await self._leaving.wait()
 
     async def _commit(self, offsets: Mapping[Partition, int], epoch: int) -> None:
-        """While the partitions are being taken away it is tried only once."""
+        """While the partitions are being taken away no failure is worth another try."""
         self._same_assignment(epoch)
         try:
             await self._source.commit(offsets)
@@ -359,7 +364,7 @@ class Pipeline:
 
     def _same_assignment(self, epoch: int) -> None:
         if epoch != self._epoch:
-            raise OwnershipLost("the partitions are somebody else's by now")
+            raise OwnershipLost("that assignment is over")
 
     async def let_go(self) -> None:
         """Partitions are taken away or the process stops: drop what was not begun, finish the running chunk, and commit
@@ -367,7 +372,7 @@ class Pipeline:
 
         Waits for the chunk without a limit of its own; the caller has one deadline for everything.
         """
-        self.is_ours = False
+        epoch, self.is_ours = self._epoch, False
         self._collecting = Generation()
         self._passed = []
         self._full = False
@@ -379,17 +384,28 @@ class Pipeline:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LAST_COMMIT_S):
                     await self._committed.wait()
-        finally:  # also when the caller's deadline has passed: from here on nothing of this assignment is committed
-            self._epoch += 1
-            self._flushed, self._flushed_generations = {}, 0
+        finally:  # also when the caller's deadline has passed
+            if epoch == self._epoch:
+                self._forget()
+
+    def _forget(self) -> None:
+        """From here on nothing of this assignment is committed, not even what is on its way: the client would repeat
+        the request as a member of the next assignment.
+        """
+        self._epoch += 1
+        self._flushed, self._flushed_generations = {}, 0
+        committing, self._committing = self._committing, None
+        if committing is not None:
+            committing.reschedule(0)
 
     @property
     def epoch(self) -> int:
-        """Rises whenever partitions were taken away."""
+        """Rises whenever partitions are taken away or given out."""
         return self._epoch
 
     def take_over(self, partitions: Sequence[Partition]) -> None:
         """These partitions are ours now, and nothing of the time before is left."""
+        self._forget()
         self.is_ours = True
         self._leaving.clear()
         self._collecting = Generation()

@@ -7,6 +7,7 @@ nor do those in which the benchmark itself asks for something: each takes the co
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -31,6 +32,9 @@ COMPILING_S: Final = 8.0
 COMPILED: Final = 0.9  # of the broker's CPU in the run before, twice: it falls to a quarter over the first minutes
 COMPILING_RUNS: Final = 8  # at most
 COMPILING_RUNS_QUICK: Final = 5
+PACE_MISSED: Final = re.compile(
+    "too few$|were not answered by news$"
+)  # the latter: coalesced, hints came again too soon
 CEILING: Final = 0.35
 SERVICE: Final = ("-m", "consumer")
 NAMES: Final[Mapping[str, Sequence[str]]] = {
@@ -192,9 +196,10 @@ async def measure(stage: Stage) -> Report:
         course = await steady(stage, name, streams, command=NAMES[contestant], before=before)
         return course.trial(number, contestant, latencies(course, "all"))
 
-    await _compiled(stage, before)
+    problems = await _compiled(stage, before)
     trials = await interleaved(stage, "latency", stage.size.rounds, {name: partial(attempt, name) for name in NAMES})
     report = report_of("latency", stage, trials)
+    report.problems = [*problems, *report.problems]
     ours, polls = NAMES
     against = ratios(counted(trials, ours, "p99 ms"), counted(trials, polls, "p99 ms"))
     report.figures = [
@@ -216,12 +221,13 @@ async def measure(stage: Stage) -> Report:
     return report
 
 
-async def _compiled(stage: Stage, before: workload.Truth) -> None:
-    """Run for nothing until the broker spends no less on a hint than in the run before, twice in a row.
+async def _compiled(stage: Stage, before: workload.Truth) -> list[str]:
+    """Run for nothing until the broker spends no less on a hint than in the run before, twice in a row; what
+    went wrong, but for the pace, which may be more than a small machine holds meanwhile.
 
-    Its compiler works in bursts of up to half a second, each of which takes all cores of a small machine. The pace may
-    be more than a small machine can hold meanwhile, so what becomes of these runs is told and counts for nothing.
+    Its compiler works in bursts of up to half a second, each of which takes all cores of such a machine.
     """
+    problems: list[str] = []
     last_us, settled = 0.0, 0
 
     async def briefly(course: Course) -> None:
@@ -234,8 +240,10 @@ async def _compiled(stage: Stage, before: workload.Truth) -> None:
         us = values["CPU us/hint in Kafka"]
         told = f"CPU us/hint in Kafka {us:,.0f}  p99 ms {values['p99 ms']:,.0f}"
         stage.say("  ".join([f"  warm-up, does not count: {told}", *course.problems]))
+        problems += [f"warm-up: {why}" for why in course.problems if not PACE_MISSED.search(why)]
         settled = settled + 1 if us >= COMPILED * last_us > 0 else 0
         last_us = us
         if settled == 2:
-            return
+            return problems
     stage.say("  the broker may not have compiled everything yet")
+    return problems

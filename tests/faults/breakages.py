@@ -93,6 +93,7 @@ BREAKAGES: Final = (
         (
             Edit("consumer.pipeline:Pipeline._commit", "self._same_assignment(epoch)", "pass"),
             Edit("consumer.pipeline:Pipeline._commit", "if self.is_ours:", "if True:"),
+            Edit("consumer.pipeline:Pipeline._forget", "committing.reschedule(0)", "pass"),
         ),
     ),
     Breakage(

@@ -128,6 +128,7 @@ class Machine(RuleBasedStateMachine):
         self.holding: Any = None
         self.seen: dict[Turn, dict[UUID, tuple[int, list[Snapshot]]]] = {}
         self.letting_go: list[asyncio.Task[None]] = []
+        self.meanwhile: list[asyncio.Task[None]] = []
         self.owners: Owners = (0, 1, 0)
         self.audited: list[int] = []
         self.jumped: set[UUID] = set()
@@ -177,6 +178,8 @@ class Machine(RuleBasedStateMachine):
             await step
         finally:
             self.plan, self.commit_fate, self.topics.fates = None, "accepted", []
+        while self.meanwhile:  # a crash was seen by the replica that it happened to
+            await asyncio.gather(self.meanwhile.pop(), return_exceptions=True)
         for task in self.letting_go:
             await task
         if self.letting_go:
@@ -308,7 +311,8 @@ class Machine(RuleBasedStateMachine):
     async def _fate(self, replica: int) -> CommitFate:
         """Of a commit, after whatever was planned to happen while it is on its way."""
         fate, self.commit_fate = self.commit_fate, "accepted"
-        await self.arrive(replica, "offsets", None)
+        self.meanwhile.append(asyncio.create_task(self.arrive(replica, "offsets", None)))
+        await asyncio.shield(self.meanwhile[-1])  # it goes on when it calls off the commit itself
         return fate
 
     async def _accepts(self, offsets: Mapping[Partition, int]) -> None:

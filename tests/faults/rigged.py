@@ -33,7 +33,7 @@ from consumer.database import Database, Transaction
 from consumer.deadletters import DeadLetters
 from consumer.deferred import DeferredWorker
 from consumer.generation import Generation, Partition
-from consumer.pipeline import COMMIT_EVERY_S, Pipeline
+from consumer.pipeline import Pipeline
 from consumer.reconcile import Sweep
 from consumer.relay import Relay
 from consumer.service import Service
@@ -86,6 +86,7 @@ def passed(point: str) -> None:
 
 
 _worked: set[tuple[Partition, int]] = set()  # offsets of generations that held a record
+_committed: set[tuple[Partition, int]] = set()  # and those that are committed, or passed by a later one
 _edits = ExitStack()  # never left
 
 
@@ -176,14 +177,19 @@ def _rig_points() -> None:
 
 
 def _note_work() -> None:
-    release = Pipeline._release
+    release, commit = Pipeline._release, Pipeline._commit
 
     def noted(self: Pipeline, generation: Generation, epoch: int) -> None:
         if generation.records:
             _worked.update(generation.offsets.items())
         release(self, generation, epoch)
 
+    async def then_noted(self: Pipeline, offsets: Mapping[Partition, int], epoch: int) -> None:
+        await commit(self, offsets, epoch)
+        _committed.update(one for one in _worked if one[1] <= offsets.get(one[0], -1))
+
     _replace(Pipeline, "_release", noted)
+    _replace(Pipeline, "_commit", then_noted)
 
 
 def _around_record() -> None:
@@ -354,7 +360,8 @@ def take_rows_and_forget_them() -> None:
             rows = await take(db)
         if not rows:
             return False
-        await asyncio.sleep(5 * COMMIT_EVERY_S)  # else the hint's offset has not moved, and the next owner repeats it
+        while not _worked <= _committed:  # else the hint's offset has not moved, and the next owner repeats it
+            await asyncio.sleep(0.01)
         passed("in deferred")
         given = iter([rows])
 

@@ -158,6 +158,10 @@ async def test_a_commit_that_hangs_does_not_hold_up_a_stop(monkeypatch: pytest.M
         run.source.deliver([batch(world, 0, 0, ["own"])])
         await run.until(lambda: len(world.outcomes) == 1)
         await asyncio.wait_for(run.pipeline.let_go(), 5)
+        assert world.hold_commits is not None
+        world.hold_commits.set()
+        await run.steps(100)
+        assert run.value("commits_refused_total") == 1
     assert world.committed == {}
 
 
@@ -180,9 +184,32 @@ async def test_after_a_deadline_that_passed_nothing_more_of_the_old_assignment_i
         run.pipeline.take_over([(TOPIC, 0)])
         world.hold_commits.set()
         await run.steps(100)
-        assert world.committed == {(TOPIC, 0): 1}
-        run.source.deliver([batch(world, 0, 3, ["own"])])  # nor has the committer stopped
+        assert world.committed == {}
+        run.source.deliver([batch(world, 0, 3, ["own"])])  # and the committer goes on
         await run.until(lambda: world.committed == {(TOPIC, 0): 4})
+
+
+@pytest.mark.parametrize("stops_first", [True, False])
+async def test_a_stop_that_began_before_partitions_were_given_out_drops_nothing_of_them(stops_first: bool) -> None:
+    world = World(hold=asyncio.Event())
+    assert world.hold is not None
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own"])])
+        await run.steps(20)
+        stopping: list[asyncio.Task[None]] = []
+        for is_stop in (stops_first, not stops_first):
+            if is_stop:
+                stopping.append(asyncio.create_task(run.pipeline.let_go()))  # waits for the chunk
+                await run.steps(5)
+            else:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(run.pipeline.let_go(), 0.05)  # a revocation that does not
+        run.pipeline.take_over([(TOPIC, 1)])
+        run.source.deliver([batch(world, 1, 0, ["own"])])
+        await run.steps(20)
+        assert not stopping[0].done()
+        world.hold.set()
+        await run.until(lambda: stopping[0].done() and world.committed == {(TOPIC, 1): 1})
 
 
 async def test_an_offset_is_not_committed_while_an_older_generation_is_pending() -> None:
@@ -324,6 +351,7 @@ async def test_a_revocation_lets_the_running_chunks_finish_and_drops_the_rest() 
         world.hold.set()
         await run.until(letting_go.done)
         await run.steps(20)
+        assert run.value("commits_refused_total") == 1
         assert run.pipeline.assigned == frozenset()
     assert len(world.outcomes) == CHUNKS_AT_ONCE
     assert world.committed == {}
