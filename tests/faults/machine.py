@@ -178,8 +178,10 @@ class Machine(RuleBasedStateMachine):
             await step
         finally:
             self.plan, self.commit_fate, self.topics.fates = None, "accepted", []
-        while self.meanwhile:  # a crash was seen by the replica that it happened to
-            await asyncio.gather(self.meanwhile.pop(), return_exceptions=True)
+        while self.meanwhile:
+            [ended] = await asyncio.gather(self.meanwhile.pop(), return_exceptions=True)
+            if isinstance(ended, BaseException) and not isinstance(ended, (Crash, Unavailable)):
+                raise ended  # those two are the replica's to see
         for task in self.letting_go:
             await task
         if self.letting_go:

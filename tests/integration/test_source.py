@@ -163,11 +163,7 @@ async def test_a_rebalance_while_broken_bytes_are_passed_over_loses_and_repeats_
             while not (truth.is_done() and held.is_over and second.assignments):
                 await first.turn()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await first.source.stop(5)
-        await second.source.stop(5)
+        await _end(tasks, first, second)
     assert truth.handed_out == truth.good
     assert truth.passed == truth.broken
     assert truth.repeated == []
@@ -177,6 +173,14 @@ async def _serve(member: Member) -> None:
     await member.start()
     while True:
         await member.turn()
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]], *members: Member) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for member in members:
+        await member.source.stop(5)
 
 
 @pytest.mark.parametrize("leaves", ["at a rebalance", "at a stop"])
@@ -220,9 +224,5 @@ async def test_what_was_read_can_be_committed_while_the_partitions_are_taken_awa
             while truth.handed_out != truth.good:  # before these somebody would have read the others again
                 await (asyncio.sleep(0.05) if leaves == "at a stop" else first.turn())
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await first.source.stop(5)
-        await second.source.stop(5)
+        await _end(tasks, first, second)
     assert truth.repeated == []
