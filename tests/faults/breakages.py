@@ -1,6 +1,6 @@
 """The mistakes that the state machine must find, each with a seed whose histories find it.
 
-After a change of the machine or of hypothesis a seed may find nothing any more: `python -m tests.faults.machine NAME`
+After a change of the machine or of hypothesis a seed may find nothing any more: `python -m tests.faults.seeds NAME`
 looks for another.
 """
 

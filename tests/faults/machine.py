@@ -1,19 +1,12 @@
 """Random histories of two replicas on one database and one log: crashes, lost sessions, revocations, failing sends,
 writers at the same time, clocks that jump back. Everything promised is checked after every step and again at rest.
-
-`python -m tests.faults.machine BREAKAGE...` looks for a seed that finds a breakage; without names, for all of them.
 """
 
 import asyncio
 import json
-import re
-import sys
-import tempfile
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, TypeVar
 from uuid import UUID, uuid5
 
@@ -25,17 +18,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from structlog.testing import capture_logs
 
 from consumer import health as health_module
-from consumer import migrations
 from consumer import outcome as outcome_module
 from consumer import pipeline as pipeline_module
 from consumer.database import statement
-from consumer.demo.servers import Postgres
 from consumer.errors import Unavailable
 from consumer.generation import Partition
 from tests.faults.arena import EMPTY, FREEZE, REPLICAS, TIME_PASSES, Arena, snapshots
-from tests.faults.breakages import BREAKAGES, Breakage
 from tests.faults.fakes import HINTS, PARTITIONS, REQUESTS, CommitFate, Crash, Log, Member, SendFate, Topics
-from tests.faults.model import Meaning, Model, Snapshot, Violation
+from tests.faults.model import Meaning, Model, Snapshot
 from tests.faults.replica import Point, Replica, Turn
 from tests.unit.builders import OWNER, STRANGER, campaign_id, hint_event, request_event
 
@@ -62,7 +52,6 @@ MOVES: Final = (
     ("pending", "mystery"),
     ("connection_sent", "connected"),
 )
-QUICK: Final = 6  # examples in which a recorded seed finds its breakage
 EXAMPLES: Final = 25  # of a seed; its histories end with the first that finds something
 ROUNDS: Final = 12  # at rest within so many rounds of everything, or never
 
@@ -717,45 +706,3 @@ def play(arena: Arena, seed: int, examples: int, *, steps: int = 40, shrink: boo
         ),
     )
     return played
-
-
-def find_seed(arena: Arena, breakage: Breakage, *, most: int = 40) -> int | None:
-    """The first seed that finds the breakage within a few examples, or else within more; None when none does."""
-    for examples in (QUICK, EXAMPLES):
-        for seed in range(1, most + 1):
-            begun = time.monotonic()
-            try:
-                with breakage.applied(arena):
-                    play(arena, seed, examples)
-            except Violation as found:
-                if re.search(breakage.finding, str(found)):
-                    print(f"{breakage.name}: {seed}  # {time.monotonic() - begun:.1f} s: {found}", flush=True)
-                    return seed
-    return None
-
-
-def main(names: Sequence[str]) -> int:
-    """Look for seeds; 1 when a breakage is not found, 2 when there is none of that name."""
-    if unknown := set(names) - {breakage.name for breakage in BREAKAGES}:
-        print(f"no such breakage: {', '.join(sorted(unknown))}", file=sys.stderr)
-        return 2
-    wanted = [breakage for breakage in BREAKAGES if not names or breakage.name in names]
-    with tempfile.TemporaryDirectory(prefix="cs-") as directory:
-        Path(directory).chmod(0o755)  # PostgreSQL may run as another account
-        server = Postgres(Path(directory) / "pg", options={"fsync": "off"})
-        try:
-            server.start()
-            asyncio.run(migrations.migrate(server.url(), reference_schema=True))
-            arena = Arena(server.url())
-            with small_and_impatient():
-                missed = [breakage.name for breakage in wanted if find_seed(arena, breakage) is None]
-            arena.close()
-        finally:
-            server.stop()
-    for name in missed:
-        print(f"{name}: not found")
-    return 1 if missed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
