@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from itertools import repeat
+from itertools import islice, repeat
 from operator import attrgetter, contains
 from typing import Annotated, Final, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 from uuid import UUID
@@ -307,7 +307,8 @@ class Hints:
         if len(prospects) != len(hints) * _ID_AND_COMMA or not _ANY_IDS.fullmatch(prospects):
             return False  # by their length no id has a comma of its own
         latest = dict(zip([hint.campaign_id for hint in hints], values, strict=True))
-        if not all(campaign in self._plain or _canonical(campaign) for campaign in latest):
+        are_known = latest.keys() <= self._plain.keys()
+        if not are_known and not all(campaign in self._plain or _canonical(campaign) for campaign in latest):
             return False
         self._plain.update(latest)
         return True
@@ -324,11 +325,19 @@ class Hints:
 
     def settled(self) -> dict[UUID, Cause | None]:
         """All of them."""
-        for campaign, plain in self._plain.items():
+        self._settle(len(self._plain))
+        return self._settled
+
+    def take_first(self, most: int) -> dict[UUID, Cause | None]:
+        """Up to `most` of them, the oldest as a rule; they are no longer in here."""
+        self._settle(most - len(self._settled))
+        return {campaign: self._settled.pop(campaign) for campaign in list(islice(self._settled, most))}
+
+    def _settle(self, most: int) -> None:
+        for campaign in list(islice(self._plain, max(0, most))):
+            plain = self._plain.pop(campaign)
             if (campaign_id := _canonical(campaign)) is not None:  # it always is: only such are in there
                 self._settled[campaign_id] = _parse_plain(plain).cause()
-        self._plain.clear()
-        return self._settled
 
 
 def decode(records: Sequence[Content]) -> list[Decoded]:

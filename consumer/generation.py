@@ -94,6 +94,14 @@ class Generation:
         """A batch of records begins with one written at this time."""
         self.oldest = moment if self.oldest is None else min(self.oldest, moment)
 
+    def take_first(self, most: int) -> list[Work]:
+        """Up to `most` of the dirty campaigns, the oldest as a rule; they are no longer in here. Not for campaigns that
+        somebody asked for: call it only while nobody did.
+        """
+        since = _moment(self.oldest)
+        taken = self.hints.take_first(most)
+        return [Work(campaign, Trigger.STATUS_CHANGED, hint=cause, since=since) for campaign, cause in taken.items()]
+
     def works(self) -> Iterator[Work]:
         """Every dirty campaign once, those with sync requests first."""
         hints, since = self.hints.settled(), _moment(self.oldest)

@@ -37,9 +37,10 @@ from consumer.recount import Rules, recount_campaigns, tally
 COLLECT_AT_MOST: Final = 100_000  # campaigns and requests: 120 MB with usual hints (measured)
 BURY_AT_MOST: Final = 5_000  # dead letters: offsets move on within seconds, also where each is refused
 FAR_BEHIND: Final = 10_000  # records not yet read: a backlog; a steady stream leaves a twentieth of a second of reading
-RESTS: Final = 5  # in a backlog: how long nothing is recounted after a chunk, in times of what it took
-REST_AT_MOST_S: Final = 0.5
-RESTS_AT_MOST_S: Final = 10.0  # of a flush: then it goes on without, so that offsets move
+CAUGHT_UP: Final = 500  # records not yet read: its end
+AHEAD_CAMPAIGNS: Final = 250  # recounted before a backlog is read,
+AHEAD_EVERY_S: Final = 0.5  # so often,
+AHEAD_AT_MOST_S: Final = 10.0  # for so long; then all that was collected is flushed, so that offsets move
 COMMIT_EVERY_S: Final = 0.1  # at most so often; after a kill the next owner repeats that much more
 LAST_COMMIT_S: Final = 1.0  # for a commit while partitions are taken away; without it their next owner repeats a little
 CHUNKS_AT_ONCE: Final = 2  # outside a backlog, where reading leaves the processor to them
@@ -124,7 +125,8 @@ class Pipeline:
         self._filled = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._hurry = asyncio.Event()  # the flush does not rest between chunks
+        self._in_backlog = False
+        self._hurry = asyncio.Event()  # what is collected is flushed at once
         self._hurry.set()
         self._flushed: dict[Partition, int] = {}  # offsets that may be committed
         self._flushed_generations = 0  # whose offsets these are
@@ -157,7 +159,11 @@ class Pipeline:
             ):
                 self._full = True
                 self._source.pause()
-            if self._in_backlog and not generation.asked:
+            if self._source.behind >= FAR_BEHIND:
+                self._in_backlog = True
+            elif self._source.behind < CAUGHT_UP:
+                self._in_backlog = False
+            if self._in_backlog and not self._full and not generation.asked:
                 self._hurry.clear()
             else:
                 self._hurry.set()
@@ -201,20 +207,22 @@ class Pipeline:
         """Take what was collected, make it true, release its offsets; strictly one generation after the other."""
         while True:
             await self._filled.wait()
-            self._filled.clear()
-            generation, self._collecting = self._collecting, Generation()
-            passed, self._passed = self._passed, []
-            if self._full:
-                self._full = False
-                self._source.resume()
-            if not self.is_ours or not (generation or passed):
-                continue
             self._idle.clear()
+            records = 0
             try:
-                await self._flush(generation, passed, self._epoch)
+                await self._recount_ahead()
+                self._filled.clear()
+                generation, self._collecting = self._collecting, Generation()
+                passed, self._passed = self._passed, []
+                if self._full:
+                    self._full = False
+                    self._source.resume()
+                if self.is_ours and (generation or passed):
+                    records = generation.records
+                    await self._flush(generation, passed, self._epoch)
             except OwnershipLost as lost:
                 self._metrics.commits_refused.inc()
-                log.info("generation dropped, its new owner repeats it", why=str(lost), records=generation.records)
+                log.info("generation dropped, its new owner repeats it", why=str(lost), records=records)
             finally:
                 self._idle.set()
 
@@ -225,7 +233,7 @@ class Pipeline:
             letters, stubs = list(generation.dead_letters), list(passed)
             await self._health.persist("dead letters", lambda: self._bury(letters, stubs, epoch))
             self._count_dead_letters(generation, passed)
-        await self._recount(generation, epoch)
+        await self._recount(generation.works(), epoch)
         if generation.oldest is not None and generation.campaigns:
             self._metrics.freshness.observe(max(0.0, time.time() - generation.oldest))
         self._release(generation, epoch)
@@ -243,39 +251,41 @@ class Pipeline:
             seconds=round(seconds, 4),
         )
 
-    @property
-    def _in_backlog(self) -> bool:
-        return not self._full and self._source.behind >= FAR_BEHIND
+    async def _recount_ahead(self) -> None:
+        """While a backlog is read the generation goes on filling: what comes again is one recount less, and reading has
+        the processor for itself (measured: tests/benchmarks/performance.md, "Hot path").
 
-    async def _recount(self, generation: Generation, epoch: int) -> None:
-        """Chunk after chunk, in a backlog with rests between them; else two at once.
-
-        What comes again during a rest is one recount less, and reading has the processor for itself (measured:
-        tests/benchmarks/performance.md, "Hot path"). A request that waits for the next generation ends the rests.
+        Meanwhile a few campaigns at a time are recounted already, those that have waited longest; so their offsets wait
+        for the rest. A request, a full generation and the end of the backlog end that.
         """
-        waiting, rest_s, rests_until = deque(generation.works()), 0.0, time.monotonic() + RESTS_AT_MOST_S
-        while waiting:
+        until = time.monotonic() + AHEAD_AT_MOST_S
+        while not self._hurry.is_set() and time.monotonic() < until:
+            await self._recount(self._collecting.take_first(AHEAD_CAMPAIGNS), self._epoch)
             with suppress(TimeoutError):
-                async with asyncio.timeout(rest_s):
+                async with asyncio.timeout(AHEAD_EVERY_S):
                     await self._hurry.wait()
-            begun, chunks = time.monotonic(), list[list[Work]]()
-            while waiting and len(chunks) < (1 if self._in_backlog else CHUNKS_AT_ONCE):
-                chunks.append([waiting.popleft() for _ in range(min(CHUNK_CAMPAIGNS, len(waiting)))])
-            outcomes = await self._side_by_side(chunks, epoch)
-            waiting.extendleft(reversed([work for outcome in outcomes for work in outcome.later]))
-            now = time.monotonic()
-            rest_s = min(REST_AT_MOST_S, RESTS * (now - begun)) if now < rests_until else 0.0
 
-    async def _side_by_side(self, chunks: Sequence[Sequence[Work]], epoch: int) -> list[Outcome]:
-        """Each in a transaction of its own. Waits for all, also when one fails; a bug is raised before all else."""
-        tasks = [
-            asyncio.create_task(self._health.persist("pipeline", partial(self._chunk, works, epoch)), name="flush")
-            for works in chunks
-        ]
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
-        if failures := [failure for failure in ended if isinstance(failure, BaseException)]:
+    async def _recount(self, works: Iterable[Work], epoch: int) -> None:
+        """Chunk after chunk; outside a backlog two at a time. Waits for all, also when one fails; then no more begins,
+        and a bug is raised before all else.
+        """
+        waiting = deque(works)
+        at_once = min(1 if self._in_backlog else CHUNKS_AT_ONCE, -(-len(waiting) // CHUNK_CAMPAIGNS))
+        lanes = [asyncio.create_task(self._chunks(waiting, epoch), name="flush") for _ in range(at_once)]
+        ended = await asyncio.gather(*lanes, return_exceptions=True)
+        if failures := [failure for failure in ended if failure is not None]:
             raise min(failures, key=lambda failure: isinstance(failure, ServiceError))
-        return [outcome for outcome in ended if not isinstance(outcome, BaseException)]
+
+    async def _chunks(self, waiting: deque[Work], epoch: int) -> None:
+        """One at a time, until nothing waits."""
+        while waiting:
+            works = [waiting.popleft() for _ in range(min(CHUNK_CAMPAIGNS, len(waiting)))]
+            try:
+                outcome = await self._health.persist("pipeline", partial(self._chunk, works, epoch))
+            except BaseException:
+                waiting.clear()
+                raise
+            waiting.extendleft(reversed(outcome.later))
 
     async def _chunk(self, works: Sequence[Work], epoch: int) -> Outcome:
         self._still_ours(epoch)

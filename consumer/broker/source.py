@@ -19,6 +19,7 @@ from aiokafka.errors import (
 )
 
 from consumer.broker.fetched import POLL_BYTES, Fetched
+from consumer.broker.incoming import receive_directly
 from consumer.broker.inflate import bound
 from consumer.broker.link import (
     CALL_DEADLINE_S,
@@ -89,6 +90,7 @@ class Source:
         `revoked` is awaited before partitions are taken (always all of them); `assigned` is called with the new ones.
         """
         bound()
+        receive_directly()
         consumer = AIOKafkaConsumer(
             **self._connection.arguments(),
             group_id=self._group_id,

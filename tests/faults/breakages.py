@@ -56,8 +56,8 @@ BREAKAGES: Final = (
         (
             Edit(
                 "consumer.pipeline:Pipeline._flush",
-                "    await self._recount(generation, epoch)\n",
-                "    self._release(generation, epoch)\n    await self._recount(generation, epoch)\n",
+                "    await self._recount(generation.works(), epoch)\n",
+                "    self._release(generation, epoch)\n    await self._recount(generation.works(), epoch)\n",
             ),
         ),
     ),
@@ -73,6 +73,19 @@ BREAKAGES: Final = (
                 "if not self.is_ours or epoch != self._epoch: return Outcome()",
             ),
             Edit("consumer.pipeline:Pipeline._release", "self._same_assignment(epoch)", "pass"),
+        ),
+    ),
+    Breakage(
+        "ahead_of_the_backlog_forgotten",
+        "What is to be recounted while a backlog is read is taken off the list, but not recounted.",
+        1,
+        "neither recounted nor deferred",
+        (
+            Edit(
+                "consumer.pipeline:Pipeline._recount_ahead",
+                "await self._recount(self._collecting.take_first(AHEAD_CAMPAIGNS), self._epoch)",
+                "self._collecting.take_first(AHEAD_CAMPAIGNS)",
+            ),
         ),
     ),
     Breakage(

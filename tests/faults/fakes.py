@@ -49,8 +49,6 @@ class Log:
 class Member:
     """One replica's membership in the group: the pipeline's Source. Polls bring something only when granted."""
 
-    behind = 0  # so that the flush never rests; more is granted when it is to go on
-
     def __init__(
         self,
         log: Log,
@@ -66,12 +64,14 @@ class Member:
         self._accepts = accepts
         self._positions: dict[Partition, int] = {}
         self._granted: int | None = None
+        self._behind_then = 0
+        self.behind = 0
         self._grant = asyncio.Event()
         self.polling = asyncio.Event()
 
-    def grant(self, records: int) -> None:
-        """The next poll brings up to this many records of every partition."""
-        self._granted = records
+    def grant(self, records: int, *, behind: int = 0) -> None:
+        """The next poll brings up to this many records of every partition and tells of so many more."""
+        self._granted, self._behind_then = records, behind
         self.polling.clear()
         self._grant.set()
 
@@ -87,7 +87,7 @@ class Member:
             self.polling.set()
             self._grant.clear()
             await self._grant.wait()
-        limit, self._granted = self._granted, None
+        limit, self._granted, self.behind = self._granted, None, self._behind_then
         batches = []
         for partition, position in self._positions.items():
             records = self._log.records[partition][position : position + limit]

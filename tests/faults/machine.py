@@ -34,6 +34,7 @@ Plan = tuple[Point, Action] | None
 Owners = tuple[int, int, int]
 
 CHUNK: Final = 1  # campaign, so that a generation has several chunks
+MANY: Final = 9  # records of each partition
 CAMPAIGNS: Final = 4  # the last one never exists
 BEGINNING: Final[Sequence[tuple[str, Mapping[str, int]]]] = (
     ("email", {"pending": 25, "sent": 8, "bounced": 1}),
@@ -314,8 +315,11 @@ class Machine(RuleBasedStateMachine):
 
     # -- steps of the service
 
-    async def _flush(self, replica: Replica, records: int) -> None:
-        replica.member.grant(records)
+    async def _flush(self, replica: Replica, records: int, *, in_backlog: bool = False) -> None:
+        replica.member.grant(records, behind=pipeline_module.FAR_BEHIND if in_backlog else 0)
+        if in_backlog:
+            await replica.collected()
+            replica.member.grant(2)
         await self._survived(replica, replica.idle())
 
     async def _collect(self, replica: Replica) -> None:
@@ -369,12 +373,12 @@ class Machine(RuleBasedStateMachine):
             await self._flush(other, 9)
 
     @sometimes(
-        8, number=replicas, records=st.sampled_from((3, 1, 9)), plan=flush_plans, fate=commit_fates, fates=send_fates
+        8, number=replicas, records=st.sampled_from((3, 1, MANY)), plan=flush_plans, fate=commit_fates, fates=send_fates
     )
     def flush(self, number: int, records: int, plan: Plan, fate: CommitFate, fates: list[SendFate]) -> None:
-        """A replica reads some records and makes them true."""
+        """A replica reads some records and makes them true; many of them are a backlog, some of it recounted ahead."""
         self.plan, self.planned_for, self.commit_fate, self.topics.fates = plan, number, fate, fates
-        self._step(self._flush(self.replicas[number], records))
+        self._step(self._flush(self.replicas[number], records, in_backlog=records == MANY))
 
     @sometimes(5, number=replicas, plan=work_plans)
     def work(self, number: int, plan: Plan) -> None:
@@ -666,6 +670,8 @@ def small_and_impatient() -> Iterator[None]:
     """Small chunks, no waiting between tries, nothing locked comes due by itself, and no log."""
     changed: list[tuple[Any, str, Any]] = [
         (pipeline_module, "CHUNK_CAMPAIGNS", CHUNK),
+        (pipeline_module, "AHEAD_CAMPAIGNS", CHUNK),
+        (pipeline_module, "AHEAD_EVERY_S", 3_600.0),
         (pipeline_module, "CHUNKS_AT_ONCE", 1),  # the probe holds one transaction; two: tests/unit/test_pipeline.py
         (health_module, "FIRST_BACKOFF_S", 0.0),
         (outcome_module, "LOCKED_FIRST_S", 3_600.0),

@@ -11,9 +11,9 @@ from structlog.testing import capture_logs
 from consumer import health as health_module
 from consumer import pipeline as pipeline_module
 from consumer.errors import OwnershipLost
-from consumer.generation import Passed
+from consumer.generation import Passed, Work
 from consumer.outcome import Outcome
-from consumer.pipeline import CHUNKS_AT_ONCE, FAR_BEHIND, Pipeline
+from consumer.pipeline import CAUGHT_UP, CHUNKS_AT_ONCE, FAR_BEHIND, Pipeline
 from tests.unit.builders import (
     Batch,
     hint_event,
@@ -35,6 +35,8 @@ def small_and_impatient() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, capture_logs():
         patch.setattr(health_module, "FIRST_BACKOFF_S", 0.0)
         patch.setattr(pipeline_module, "CHUNK_CAMPAIGNS", CHUNK)
+        patch.setattr(pipeline_module, "AHEAD_CAMPAIGNS", 2)
+        patch.setattr(pipeline_module, "AHEAD_EVERY_S", 0.0)
         yield
 
 
@@ -66,10 +68,13 @@ async def play_and_check(world: World, kinds: Sequence[str], script: Sequence[tu
                     await run.steps(number % 7)
                 case "rebalance":
                     await rebalance(run)
+                case "behind":
+                    run.source.behind = number
                 case _:
                     await run.steps(number)
         await run.steps(100)  # most of what was planned happens before the end
         world.store_plan, world.commit_plan, world.letter_plan = [], [], []
+        run.source.behind = 0
         await rebalance(run)
         for partition in position:
             if missing := furthest[partition] - position[partition]:
@@ -84,6 +89,7 @@ kinds_of = st.lists(
 scripts = st.lists(
     st.tuples(st.just("deliver"), st.integers(0, 20))
     | st.tuples(st.just("wait"), st.integers(1, 25))
+    | st.tuples(st.just("behind"), st.sampled_from((0, CAUGHT_UP, FAR_BEHIND)))
     | st.tuples(st.just("rebalance"), st.just(0)),
     max_size=14,
 )
@@ -315,20 +321,53 @@ async def test_a_full_chunk_leaves_the_rest_to_the_next_one() -> None:
     assert [len(outcome.later) for outcome in world.outcomes] == [2, 1, 0]
 
 
-async def test_what_two_full_chunks_leave_keeps_its_order() -> None:
+async def test_what_full_chunks_leave_side_by_side_is_done_too() -> None:
     world = World(store_plan=["full", "full", "full"])
     async with running(world) as run:
         run.source.deliver([batch(world, 0, 0, ["own"] * (2 * CHUNK))])
         await run.until(lambda: world.committed == {(TOPIC, 0): 2 * CHUNK})
-    first, second, third = [list(outcome.later) for outcome in world.outcomes[:3]]
-    assert len(first) == len(second) == CHUNK - 1
-    assert third == [*first, *second][1:CHUNK]
+    assert [len(outcome.later) for outcome in world.outcomes] == [CHUNK - 1, CHUNK - 1, CHUNK - 2, 0, 0]
+
+
+async def test_a_chunk_begins_as_soon_as_one_of_two_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    first = asyncio.Event()
+
+    async def chunk(_: Pipeline, works: Sequence[Work], epoch: int) -> Outcome:
+        begun.append(len(works))
+        if len(begun) == 1:
+            await first.wait()
+        return Outcome()
+
+    monkeypatch.setattr(Pipeline, "_chunk", chunk)
+    world = World()
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own"] * (4 * CHUNK))])
+        await run.until(lambda: begun == [CHUNK] * 4)
+
+
+async def test_after_a_failure_no_chunk_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    async def chunk(_: Pipeline, works: Sequence[Work], epoch: int) -> Outcome:
+        begun.append(len(works))
+        raise OwnershipLost("a rebalance")
+
+    monkeypatch.setattr(Pipeline, "_chunk", chunk)
+    world = World()
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own"] * (4 * CHUNK))])
+        await run.until(lambda: run.value("commits_refused_total") == 1)
+        await run.steps(20)
+    assert len(begun) <= CHUNKS_AT_ONCE
+    assert world.committed == {}
 
 
 async def test_a_bug_is_not_hidden_by_what_else_fails_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     failures = [OwnershipLost("a rebalance"), ValueError("a bug")]
 
     async def chunk(*_: object) -> Outcome:
+        await asyncio.sleep(0)  # so that both have begun
         raise failures.pop(0)
 
     monkeypatch.setattr(Pipeline, "_chunk", chunk)
@@ -366,34 +405,64 @@ async def test_one_of_two_chunks_that_meets_an_outage_is_repeated_and_the_other_
 
 
 async def in_a_backlog(world: World, run: Run) -> None:
-    """A generation of three chunks, of which the first one is done, and no end of the rest behind it."""
+    """Campaigns for three chunks, of which the oldest were recounted ahead, and no end of hints behind them."""
     run.source.behind = FAR_BEHIND
     run.source.deliver([batch(world, 0, 0, ["own"] * (3 * CHUNK))])
     await run.until(lambda: len(world.outcomes) == 1)
     await run.steps(100)
     assert len(world.outcomes) == 1
+    assert world.committed == {}
 
 
 @pytest.fixture
-def long_rests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So long that no test sees the end of one."""
-    monkeypatch.setattr(pipeline_module, "RESTS", 1e9)
-    monkeypatch.setattr(pipeline_module, "REST_AT_MOST_S", 600.0)
+def once_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as a chunk, and so rarely that no test sees a second time."""
+    monkeypatch.setattr(pipeline_module, "AHEAD_CAMPAIGNS", CHUNK)
+    monkeypatch.setattr(pipeline_module, "AHEAD_EVERY_S", 600.0)
 
 
-@pytest.mark.usefixtures("long_rests")
-async def test_in_a_backlog_the_flush_rests_between_chunks_until_little_is_left_to_read() -> None:
+@pytest.mark.usefixtures("once_ahead")
+async def test_a_backlog_is_read_before_it_is_flushed_as_a_whole() -> None:
     world = World()
     async with running(world) as run:
         await in_a_backlog(world, run)
-        run.source.behind = FAR_BEHIND - 1
+        run.source.behind = CAUGHT_UP
         run.source.deliver([batch(world, 0, 3 * CHUNK, ["own"])])
-        await run.until(lambda: world.committed == {(TOPIC, 0): 3 * CHUNK + 1})
+        await run.steps(100)
+        assert len(world.outcomes) == 1
+        run.source.behind = CAUGHT_UP - 1
+        run.source.deliver([batch(world, 0, 3 * CHUNK + 1, ["own"])])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 3 * CHUNK + 2})
     assert len(world.outcomes) == 4
 
 
-@pytest.mark.usefixtures("long_rests")
-async def test_a_request_does_not_wait_for_rests() -> None:
+@pytest.mark.usefixtures("once_ahead")
+async def test_what_comes_again_while_a_backlog_is_read_is_recounted_once_more_and_not_each_time() -> None:
+    world = World()
+    async with running(world) as run:
+        run.source.behind = FAR_BEHIND
+        run.source.deliver([batch(world, 0, 0, ["shared"] * 3)])
+        await run.until(lambda: len(world.outcomes) == 1)
+        for place in range(3):
+            run.source.deliver([batch(world, 0, 3 + place, ["shared"])])
+            await run.steps(50)
+        run.source.behind = 0
+        run.source.deliver([])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 6})
+        assert run.value("recounts_total", caller="chunk") == 2
+
+
+@pytest.mark.usefixtures("once_ahead")
+async def test_a_stream_that_is_a_little_behind_is_no_backlog() -> None:
+    world = World()
+    async with running(world) as run:
+        run.source.behind = FAR_BEHIND - 1
+        run.source.deliver([batch(world, 0, 0, ["own"] * (3 * CHUNK))])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 3 * CHUNK})
+
+
+@pytest.mark.usefixtures("once_ahead")
+async def test_a_request_does_not_wait_for_a_backlog() -> None:
     world = World()
     async with running(world) as run:
         await in_a_backlog(world, run)
@@ -403,9 +472,9 @@ async def test_a_request_does_not_wait_for_rests() -> None:
     assert len(world.outcomes) == 4
 
 
-@pytest.mark.usefixtures("long_rests")
-async def test_a_flush_rests_for_so_long_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline_module, "RESTS_AT_MOST_S", 0.0)
+@pytest.mark.usefixtures("once_ahead")
+async def test_a_backlog_holds_up_offsets_for_so_long_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_module, "AHEAD_AT_MOST_S", 0.0)
     world = World()
     async with running(world) as run:
         run.source.behind = FAR_BEHIND
@@ -414,18 +483,37 @@ async def test_a_flush_rests_for_so_long_and_no_longer(monkeypatch: pytest.Monke
     assert len(world.outcomes) == 3
 
 
-@pytest.mark.usefixtures("long_rests")
-async def test_a_revocation_ends_a_rest() -> None:
+@pytest.mark.usefixtures("once_ahead")
+async def test_a_revocation_does_not_wait_for_a_backlog() -> None:
     world = World()
     async with running(world) as run:
         await in_a_backlog(world, run)
         await asyncio.wait_for(run.pipeline.let_go(), 5)
+        run.pipeline.take_over([(TOPIC, 1)])
+        run.source.behind = 0
+        run.source.deliver([batch(world, 1, 0, ["own"])])
+        await run.until(lambda: world.committed == {(TOPIC, 1): 1})
+    assert len(world.outcomes) == 2
+
+
+async def test_a_revocation_waits_for_what_is_recounted_ahead() -> None:
+    world = World(hold=asyncio.Event())
+    async with running(world) as run:
+        run.source.behind = FAR_BEHIND
+        run.source.deliver([batch(world, 0, 0, ["own"] * CHUNK)])
+        await run.steps(20)
+        letting_go = asyncio.create_task(run.pipeline.let_go())
+        await run.steps(20)
+        assert not letting_go.done()
+        assert world.hold is not None
+        world.hold.set()
+        await run.until(letting_go.done)
     assert len(world.outcomes) == 1
     assert world.committed == {}
 
 
-@pytest.mark.usefixtures("long_rests")
-async def test_when_no_more_is_collected_the_flush_does_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("once_ahead")
+async def test_when_no_more_is_collected_a_backlog_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     async with running(world) as run:
         await in_a_backlog(world, run)
@@ -435,16 +523,33 @@ async def test_when_no_more_is_collected_the_flush_does_not_rest(monkeypatch: py
     assert len(world.outcomes) == 4
 
 
-async def test_a_rest_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline_module, "RESTS", 1e9)  # so that only their longest time ends them
+@pytest.mark.usefixtures("once_ahead")
+async def test_a_few_are_recounted_again_and_again_until_a_backlog_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_module, "AHEAD_EVERY_S", 0.01)
     world = World()
     async with running(world) as run:
-        await in_a_backlog(world, run)
+        run.source.behind = FAR_BEHIND
+        run.source.deliver([batch(world, 0, 0, ["own"] * (3 * CHUNK))])
         async with asyncio.timeout(20):
             while len(world.outcomes) < 3:
                 await asyncio.sleep(0.01)
         await run.steps(20)
-    assert world.committed == {(TOPIC, 0): 3 * CHUNK}
+        assert world.committed == {}
+        run.source.behind = 0
+        run.source.deliver([])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 3 * CHUNK})
+    assert len(world.outcomes) == 3
+
+
+@pytest.mark.usefixtures("once_ahead")
+async def test_what_a_full_chunk_left_ahead_is_done_before_anything_else() -> None:
+    world = World(store_plan=["full", "full"])
+    async with running(world) as run:
+        run.source.behind = FAR_BEHIND
+        run.source.deliver([batch(world, 0, 0, ["own"] * (2 * CHUNK))])
+        await run.until(lambda: len(world.outcomes) == 3)
+        await run.steps(100)
+        assert [len(outcome.later) for outcome in world.outcomes] == [3, 2, 0]
 
 
 async def test_what_was_collected_does_not_survive_into_a_new_assignment() -> None:

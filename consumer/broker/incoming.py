@@ -1,0 +1,82 @@
+"""How bytes come in from a broker: large answers are received straight into a buffer of their size.
+
+aiokafka reads through asyncio's StreamReader. That collects megabytes in a buffer that grows, stops receiving whenever
+it holds 128 kB, and copies everything out again: a sixth of the CPU of reading hints (measured:
+tests/benchmarks/performance.md, "Hot path").
+"""
+
+import asyncio
+from typing import Any, Final
+
+import aiokafka.conn
+from aiokafka.conn import AIOKafkaProtocol
+
+LARGE: Final = 64 * 1024  # bytes; smaller answers take the client's own way
+
+
+def receive_directly() -> None:
+    """Make all connections that aiokafka opens from now on use Incoming."""
+    aiokafka.conn.AIOKafkaProtocol = Incoming
+
+
+class Incoming(AIOKafkaProtocol, asyncio.BufferedProtocol):  # type: ignore[misc]  # aiokafka has no types
+    """In place of AIOKafkaProtocol; `reader` hands out the same bytes and raises the same errors as with that one.
+
+    The client asks `reader` for the size of an answer, then for so many bytes, and never for two things at once.
+    """
+
+    def __init__(self, closed: Any, reader: asyncio.StreamReader, *, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(closed, reader, loop=loop)
+        self._reader = reader
+        self._small = memoryview(bytearray(LARGE))
+        self._missing = memoryview(b"")  # where the rest of a large answer goes; empty when there is none to come
+        self._is_over = False
+        self._awake = asyncio.Event()  # nothing is missing, or will come
+        self._read_small = reader.readexactly
+        reader.readexactly = self._read_answer  # type: ignore[method-assign,assignment]
+
+    def get_buffer(self, _: int) -> memoryview:
+        """Where what comes next is to be written."""
+        return self._missing or self._small
+
+    def buffer_updated(self, received: int) -> None:
+        """So many bytes were written there."""
+        if not self._missing:
+            self._reader.feed_data(self._small[:received])
+            return
+        self._missing = self._missing[received:]
+        if not self._missing:
+            self._awake.set()
+
+    def eof_received(self) -> bool | None:
+        """Nothing more will come."""
+        keep_open: bool | None = super().eof_received()
+        self._end()
+        return keep_open
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Nothing more will come, because of `error` or because one side has closed the connection."""
+        super().connection_lost(error)
+        self._end()
+
+    def _end(self) -> None:
+        self._is_over = True
+        self._awake.set()
+
+    async def _read_answer(self, size: int) -> bytes:
+        """In place of StreamReader.readexactly."""
+        if size < LARGE:
+            return await self._read_small(size)
+        begin = await self._reader.read(size)
+        answer = bytearray(size)
+        answer[: len(begin)] = begin
+        self._missing = memoryview(answer)[len(begin) :]
+        if self._missing and not self._is_over:
+            self._awake.clear()
+            await self._awake.wait()
+        missing, self._missing = len(self._missing), memoryview(b"")
+        if not missing:
+            return bytes(answer)
+        if (error := self._reader.exception()) is not None:
+            raise error
+        raise asyncio.IncompleteReadError(bytes(answer[:-missing]), size)
