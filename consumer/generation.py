@@ -57,7 +57,8 @@ class Work(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(slots=True)
 class Generation:
-    """Filled by the fetch loop, then handed over whole to the flush owner, which alone reads it from then on.
+    """Filled by the fetch loop, then handed over to the flush owner, which alone reads it from then on. In a backlog
+    the flush owner takes off the oldest of its campaigns before.
 
     `offsets` are the next offsets to read; they may be committed once everything else in here is done. `held_bytes`:
     what dead letters and the ids of requests hold in memory. `oldest`: when the first record of a batch was written,

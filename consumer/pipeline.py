@@ -37,7 +37,9 @@ from consumer.recount import Rules, recount_campaigns, tally
 COLLECT_AT_MOST: Final = 100_000  # campaigns and requests: 120 MB with usual hints (measured)
 BURY_AT_MOST: Final = 5_000  # dead letters: offsets move on within seconds, also where each is refused
 FAR_BEHIND: Final = 10_000  # records not yet read: a backlog; a steady stream leaves a twentieth of a second of reading
-CAUGHT_UP: Final = 500  # records not yet read: its end
+CAUGHT_UP: Final = (
+    500  # records not yet read, what one poll takes: its end; a stream that we can keep up with gets there
+)
 AHEAD_CAMPAIGNS: Final = 250  # recounted before a backlog is read,
 AHEAD_EVERY_S: Final = 0.5  # so often,
 AHEAD_AT_MOST_S: Final = 10.0  # for so long; then all that was collected is flushed, so that offsets move
@@ -140,7 +142,7 @@ class Pipeline:
         self.assigned: frozenset[Partition] = frozenset()
 
     async def fetch(self) -> None:
-        """Poll for ever and collect what comes. The only task that touches the generation being collected."""
+        """Poll for ever and collect what comes."""
         while True:
             batches, passed = await self._health.persist("fetch", self._source.poll)
             self._health.polled()
@@ -266,26 +268,28 @@ class Pipeline:
                     await self._hurry.wait()
 
     async def _recount(self, works: Iterable[Work], epoch: int) -> None:
-        """Chunk after chunk; outside a backlog two at a time. Waits for all, also when one fails; then no more begins,
+        """Chunk after chunk, outside a backlog two at a time. Waits for all, also when one fails; then no more begins,
         and a bug is raised before all else.
         """
-        waiting = deque(works)
-        at_once = min(1 if self._in_backlog else CHUNKS_AT_ONCE, -(-len(waiting) // CHUNK_CAMPAIGNS))
-        lanes = [asyncio.create_task(self._chunks(waiting, epoch), name="flush") for _ in range(at_once)]
-        ended = await asyncio.gather(*lanes, return_exceptions=True)
-        if failures := [failure for failure in ended if failure is not None]:
+        waiting, running, failures = deque(works), set[asyncio.Task[Outcome]](), list[BaseException]()
+        try:
+            while running or (waiting and not failures):
+                while waiting and not failures and len(running) < (1 if self._in_backlog else CHUNKS_AT_ONCE):
+                    chunk = [waiting.popleft() for _ in range(min(CHUNK_CAMPAIGNS, len(waiting)))]
+                    operation = self._health.persist("pipeline", partial(self._chunk, chunk, epoch))
+                    running.add(asyncio.create_task(operation, name="flush"))
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if (failure := task.exception()) is not None:
+                        failures.append(failure)
+                    else:
+                        waiting.extendleft(reversed(task.result().later))
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+        if failures:
             raise min(failures, key=lambda failure: isinstance(failure, ServiceError))
-
-    async def _chunks(self, waiting: deque[Work], epoch: int) -> None:
-        """One at a time, until nothing waits."""
-        while waiting:
-            works = [waiting.popleft() for _ in range(min(CHUNK_CAMPAIGNS, len(waiting)))]
-            try:
-                outcome = await self._health.persist("pipeline", partial(self._chunk, works, epoch))
-            except BaseException:
-                waiting.clear()
-                raise
-            waiting.extendleft(reversed(outcome.later))
 
     async def _chunk(self, works: Sequence[Work], epoch: int) -> Outcome:
         self._still_ours(epoch)
@@ -417,6 +421,7 @@ class Pipeline:
         """These partitions are ours now, and nothing of the time before is left."""
         self._forget()
         self.is_ours = True
+        self._in_backlog = False
         self._leaving.clear()
         self._collecting = Generation()
         self._passed = []

@@ -6,12 +6,15 @@ tests/benchmarks/performance.md, "Hot path").
 """
 
 import asyncio
+from functools import partial
 from typing import Any, Final
+from weakref import ref
 
 import aiokafka.conn
 from aiokafka.conn import AIOKafkaProtocol
 
-LARGE: Final = 64 * 1024  # bytes; smaller answers take the client's own way
+LARGE: Final = 64 * 1024  # bytes; smaller answers take the client's own way,
+LARGEST: Final = 64 * 1024 * 1024  # as do larger ones: who claims that many bytes may be no broker at all
 
 
 def receive_directly() -> None:
@@ -28,12 +31,17 @@ class Incoming(AIOKafkaProtocol, asyncio.BufferedProtocol):  # type: ignore[misc
     def __init__(self, closed: Any, reader: asyncio.StreamReader, *, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(closed, reader, loop=loop)
         self._reader = reader
-        self._small = memoryview(bytearray(LARGE))
+        self._small = memoryview(b"")
         self._missing = memoryview(b"")  # where the rest of a large answer goes; empty when there is none to come
         self._is_over = False
         self._awake = asyncio.Event()  # nothing is missing, or will come
-        self._read_small = reader.readexactly
-        reader.readexactly = self._read_answer  # type: ignore[method-assign,assignment]
+        # Through a weak reference: in a cycle both would stay until the next garbage collection.
+        reader.readexactly = partial(_readexactly, ref(self))  # type: ignore[method-assign]
+
+    def connection_made(self, transport: Any) -> None:
+        """Bytes will come."""
+        self._small = memoryview(bytearray(LARGE))
+        super().connection_made(transport)
 
     def get_buffer(self, _: int) -> memoryview:
         """Where what comes next is to be written."""
@@ -63,20 +71,30 @@ class Incoming(AIOKafkaProtocol, asyncio.BufferedProtocol):  # type: ignore[misc
         self._is_over = True
         self._awake.set()
 
-    async def _read_answer(self, size: int) -> bytes:
-        """In place of StreamReader.readexactly."""
-        if size < LARGE:
-            return await self._read_small(size)
-        begin = await self._reader.read(size)
+    async def read(self, size: int) -> bytes:
+        """So many bytes. Raises IncompleteReadError, or what the connection was lost for."""
+        if not LARGE <= size <= LARGEST:
+            return await asyncio.StreamReader.readexactly(self._reader, size)
+        begin = await self._reader.read(size)  # what is there, else what comes next
         answer = bytearray(size)
         answer[: len(begin)] = begin
         self._missing = memoryview(answer)[len(begin) :]
-        if self._missing and not self._is_over:
-            self._awake.clear()
-            await self._awake.wait()
-        missing, self._missing = len(self._missing), memoryview(b"")
+        try:
+            if self._missing and not self._is_over:
+                self._awake.clear()
+                await self._awake.wait()
+        finally:
+            missing, self._missing = len(self._missing), memoryview(b"")
         if not missing:
             return bytes(answer)
         if (error := self._reader.exception()) is not None:
             raise error
         raise asyncio.IncompleteReadError(bytes(answer[:-missing]), size)
+
+
+async def _readexactly(protocol: "ref[Incoming]", size: int) -> bytes:
+    """In place of StreamReader.readexactly."""
+    incoming = protocol()
+    if incoming is None:
+        raise asyncio.IncompleteReadError(b"", size)
+    return await incoming.read(size)

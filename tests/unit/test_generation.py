@@ -1,6 +1,7 @@
 """Collecting: every hint and request lands in exactly one generation and one work; requests first; duplicates once."""
 
 from datetime import timedelta
+from uuid import UUID
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,9 @@ from tests.unit.builders import (
     cause,
     changed,
     hint,
+    hint_event,
     request,
+    structured,
     work,
 )
 
@@ -64,6 +67,31 @@ def test_every_hint_and_request_lands_in_exactly_one_work(events: list[StatusHin
 def test_campaigns_with_requests_come_first(events: list[StatusHint | SyncRequest]) -> None:
     triggers = [one.trigger for one in filled(events).works()]
     assert triggers == sorted(triggers, key=(Trigger.SYNC_REQUESTED, Trigger.STATUS_CHANGED).index)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 3)), max_size=30))
+def test_what_is_taken_off_is_in_there_no_more_and_all_else_still_is(told: list[tuple[int, bool, int]]) -> None:
+    generation = Generation()
+    last, found = dict[UUID, str](), dict[UUID, str]()
+    for place, (number, is_plain, most) in enumerate(told):
+        name = f"hint-{place}"
+        generation.hints.collect([structured(hint_event(number, id=name, **({} if is_plain else {"more": "text"})))])
+        last[campaign_id(number)] = name
+        taken = generation.take_first(most)
+        assert len(taken) <= most
+        assert all((one.trigger, one.requests) == (Trigger.STATUS_CHANGED, ()) for one in taken)
+        found.update((one.campaign_id, one.hint.id) for one in taken if one.hint is not None)
+    found.update((one.campaign_id, one.hint.id) for one in generation.works() if one.hint is not None)
+    assert found == last
+
+
+def test_the_oldest_are_taken_first_and_each_once() -> None:
+    generation = Generation()
+    generation.hints.collect([structured(hint_event(number, id=f"hint-{number}")) for number in (3, 1, 2, 3)])
+    assert [one.campaign_id for one in generation.take_first(2)] == [campaign_id(3), campaign_id(1)]
+    assert [one.campaign_id for one in generation.take_first(2)] == [campaign_id(2)]
+    assert generation.take_first(2) == []
+    assert not list(generation.works())
 
 
 @given(st.lists(collected, max_size=5))

@@ -1,9 +1,14 @@
 """Large answers received directly: who reads gets what the client's own protocol gives, however it arrives."""
 
 import asyncio
+import gc
+import ssl
 import struct
+import tracemalloc
+import weakref
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +17,9 @@ from aiokafka.errors import KafkaConnectionError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.broker import incoming
-from consumer.broker.incoming import LARGE, Incoming
+from consumer.broker import incoming, tls_context
+from consumer.broker.incoming import LARGE, LARGEST, Incoming
+from tests.secured import certificates
 
 Outcome = tuple[list[bytes], str]
 
@@ -110,6 +116,7 @@ async def test_a_large_answer_is_received_into_a_buffer_of_its_size() -> None:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=2**16, loop=loop)
     protocol = Incoming(loop.create_future(), reader, loop=loop)
+    protocol.connection_made(Transport())
     body = bytes(range(256)) * (5 * LARGE // 256)
     reading = asyncio.create_task(reader.readexactly(len(body)))
     deliver(protocol, body[:LARGE])
@@ -121,6 +128,79 @@ async def test_a_large_answer_is_received_into_a_buffer_of_its_size() -> None:
     protocol.buffer_updated(4 * LARGE)
     assert await reading == body
     assert len(protocol.get_buffer(-1)) == LARGE
+
+
+async def test_an_answer_that_claims_to_be_larger_than_any_takes_no_memory() -> None:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=2**16, loop=loop)
+    protocol = Incoming(loop.create_future(), reader, loop=loop)
+    protocol.connection_made(Transport())
+    tracemalloc.start()
+    try:
+        (size,) = struct.unpack(">i", b"HTTP")
+        reading = asyncio.create_task(reader.readexactly(size))
+        deliver(protocol, b"/1.1 400 Bad Request")
+        await asyncio.sleep(0)
+        protocol.eof_received()
+        with pytest.raises(asyncio.IncompleteReadError) as raised:
+            await reading
+        assert tracemalloc.get_traced_memory()[1] < LARGEST
+    finally:
+        tracemalloc.stop()
+    assert raised.value.partial == b"/1.1 400 Bad Request"
+
+
+async def test_a_connection_that_is_over_is_freed_at_once() -> None:
+    loop = asyncio.get_running_loop()
+    gc.disable()
+    try:
+        reader = asyncio.StreamReader(limit=2**16, loop=loop)
+        protocol = Incoming(loop.create_future(), reader, loop=loop)
+        protocol.connection_made(Transport())
+        reading = asyncio.create_task(reader.readexactly(2 * LARGE))
+        deliver(protocol, b"begin")
+        await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        assert len(protocol.get_buffer(-1)) == LARGE, "the answer that nobody waits for is let go"
+        protocol.connection_lost(None)
+        left = weakref.ref(protocol), weakref.ref(reader)
+        del protocol, reader, reading
+        await asyncio.sleep(0)
+        assert [one() for one in left] == [None, None]
+    finally:
+        gc.enable()
+
+
+async def test_large_answers_come_through_tls(tmp_path: Path) -> None:
+    files, loop = certificates(tmp_path), asyncio.get_running_loop()
+    listening = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    listening.load_cert_chain(files.server, files.server_key)
+    bodies = answers([3, 5 * LARGE + 1, 0, 3 * LARGE])
+    everything_read = asyncio.Event()
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(written(bodies))
+        await everything_read.wait()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "localhost", 0, ssl=listening) as server:
+        reader = asyncio.StreamReader(limit=2**16, loop=loop)
+        await loop.create_connection(
+            lambda: Incoming(loop.create_future(), reader, loop=loop),
+            *server.sockets[0].getsockname()[:2],
+            ssl=tls_context(files.ca),
+            server_hostname="localhost",
+        )
+        found = []
+        async with asyncio.timeout(10):
+            for _ in bodies:
+                (size,) = struct.unpack(">i", await reader.readexactly(4))
+                found.append(await reader.readexactly(size))
+            everything_read.set()
+            with pytest.raises(asyncio.IncompleteReadError):
+                await reader.readexactly(4)
+    assert found == bodies
 
 
 def test_the_client_takes_its_protocol_from_where_we_put_ours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -326,7 +326,7 @@ async def test_what_full_chunks_leave_side_by_side_is_done_too() -> None:
     async with running(world) as run:
         run.source.deliver([batch(world, 0, 0, ["own"] * (2 * CHUNK))])
         await run.until(lambda: world.committed == {(TOPIC, 0): 2 * CHUNK})
-    assert [len(outcome.later) for outcome in world.outcomes] == [CHUNK - 1, CHUNK - 1, CHUNK - 2, 0, 0]
+    assert [len(outcome.later) for outcome in world.outcomes] == [CHUNK - 1] * 3 + [0, 0]
 
 
 async def test_a_chunk_begins_as_soon_as_one_of_two_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,20 +347,71 @@ async def test_a_chunk_begins_as_soon_as_one_of_two_has_ended(monkeypatch: pytes
 
 
 async def test_after_a_failure_no_chunk_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[int] = []
+    begun: list[Sequence[Work]] = []
 
     async def chunk(_: Pipeline, works: Sequence[Work], epoch: int) -> Outcome:
-        begun.append(len(works))
-        raise OwnershipLost("a rebalance")
+        begun.append(works)
+        if len(begun) == 1:
+            raise OwnershipLost("a rebalance")
+        await asyncio.sleep(0.01)
+        return Outcome(later=list(works[1:]))
 
     monkeypatch.setattr(Pipeline, "_chunk", chunk)
     world = World()
     async with running(world) as run:
         run.source.deliver([batch(world, 0, 0, ["own"] * (4 * CHUNK))])
-        await run.until(lambda: run.value("commits_refused_total") == 1)
-        await run.steps(20)
-    assert len(begun) <= CHUNKS_AT_ONCE
+        async with asyncio.timeout(20):
+            while run.value("commits_refused_total") == 0:
+                await asyncio.sleep(0.01)
+    assert len(begun) == CHUNKS_AT_ONCE
     assert world.committed == {}
+
+
+async def test_a_flush_that_is_called_off_leaves_no_chunk_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    async def chunk(_: Pipeline, works: Sequence[Work], epoch: int) -> Outcome:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended.append("chunk")
+        raise AssertionError
+
+    monkeypatch.setattr(Pipeline, "_chunk", chunk)
+    world = World()
+    async with running(world) as run:
+        run.source.deliver([batch(world, 0, 0, ["own"] * (2 * CHUNK))])
+        await run.steps(20)
+        for task in run.tasks:
+            task.cancel()
+        await asyncio.gather(*run.tasks, return_exceptions=True)
+        assert ended == ["chunk"] * CHUNKS_AT_ONCE
+
+
+async def test_a_backlog_that_ends_meanwhile_has_two_chunks_under_way_from_then_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline_module, "AHEAD_AT_MOST_S", 0.0)
+    begun, one_may_end = [0], asyncio.Semaphore(0)
+
+    async def chunk(_: Pipeline, works: Sequence[Work], epoch: int) -> Outcome:
+        begun[0] += 1
+        await one_may_end.acquire()
+        return Outcome()
+
+    monkeypatch.setattr(Pipeline, "_chunk", chunk)
+    world = World()
+    async with running(world) as run:
+        run.source.behind = FAR_BEHIND
+        run.source.deliver([batch(world, 0, 0, ["own"] * (4 * CHUNK))])
+        await run.steps(20)
+        assert begun == [1]
+        run.source.behind = 0
+        run.source.deliver([])
+        await run.steps(20)
+        one_may_end.release()
+        await run.until(lambda: begun == [3])
 
 
 async def test_a_bug_is_not_hidden_by_what_else_fails_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
