@@ -1,8 +1,8 @@
-"""How bytes come in from a broker: large answers are received straight into a buffer of their size.
+"""How bytes come in from a broker: large answers are received straight into a buffer that is large enough and kept.
 
 aiokafka reads through asyncio's StreamReader. That collects megabytes in a buffer that grows, stops receiving whenever
-it holds 128 kB, and copies everything out again: a sixth of the CPU of reading hints (measured:
-tests/benchmarks/performance.md, "Hot path").
+it holds 128 kB, and copies everything out again, into memory that is new each time: a sixth of the CPU of reading hints
+(measured: tests/benchmarks/performance.md, "Hot path").
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import aiokafka.conn
 from aiokafka.conn import AIOKafkaProtocol
 
 LARGE: Final = 64 * 1024  # bytes; smaller answers take the client's own way,
-LARGEST: Final = 64 * 1024 * 1024  # as do larger ones: who claims that many bytes may be no broker at all
+LARGEST: Final = 16 * 1024 * 1024  # as do larger ones: more than a fetch asks for, and maybe not from a broker at all
 
 
 def receive_directly() -> None:
@@ -25,6 +25,9 @@ def receive_directly() -> None:
 class Incoming(AIOKafkaProtocol, asyncio.BufferedProtocol):  # type: ignore[misc]  # aiokafka has no types
     """In place of AIOKafkaProtocol; `reader` hands out the same bytes and raises the same errors as with that one.
 
+    But for one case: over TLS a peer that says goodbye right behind a large answer may cut it short. The client then
+    asks again, as for any connection that is lost.
+
     The client asks `reader` for the size of an answer, then for so many bytes, and never for two things at once.
     """
 
@@ -32,6 +35,7 @@ class Incoming(AIOKafkaProtocol, asyncio.BufferedProtocol):  # type: ignore[misc
         super().__init__(closed, reader, loop=loop)
         self._reader = reader
         self._small = memoryview(b"")
+        self._kept = bytearray()  # for large answers; a new one for each would cost as much as is saved
         self._missing = memoryview(b"")  # where the rest of a large answer goes; empty when there is none to come
         self._is_over = False
         self._awake = asyncio.Event()  # nothing is missing, or will come
@@ -76,9 +80,11 @@ class Incoming(AIOKafkaProtocol, asyncio.BufferedProtocol):  # type: ignore[misc
         if not LARGE <= size <= LARGEST:
             return await asyncio.StreamReader.readexactly(self._reader, size)
         begin = await self._reader.read(size)  # what is there, else what comes next
-        answer = bytearray(size)
+        if len(self._kept) < size:
+            self._kept = bytearray(size)
+        answer = memoryview(self._kept)[:size]
         answer[: len(begin)] = begin
-        self._missing = memoryview(answer)[len(begin) :]
+        self._missing = answer[len(begin) :]
         try:
             if self._missing and not self._is_over:
                 self._awake.clear()
@@ -89,7 +95,7 @@ class Incoming(AIOKafkaProtocol, asyncio.BufferedProtocol):  # type: ignore[misc
             return bytes(answer)
         if (error := self._reader.exception()) is not None:
             raise error
-        raise asyncio.IncompleteReadError(bytes(answer[:-missing]), size)
+        raise asyncio.IncompleteReadError(bytes(answer[: size - missing]), size)
 
 
 async def _readexactly(protocol: "ref[Incoming]", size: int) -> bytes:

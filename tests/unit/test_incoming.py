@@ -112,7 +112,7 @@ def test_what_is_read_is_what_the_clients_own_protocol_hands_out(
         assert ours[0] == [*answers(sizes), b""]
 
 
-async def test_a_large_answer_is_received_into_a_buffer_of_its_size() -> None:
+async def test_a_large_answer_is_received_straight_into_the_buffer_that_is_kept_for_it() -> None:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=2**16, loop=loop)
     protocol = Incoming(loop.create_future(), reader, loop=loop)
@@ -128,6 +128,14 @@ async def test_a_large_answer_is_received_into_a_buffer_of_its_size() -> None:
     protocol.buffer_updated(4 * LARGE)
     assert await reading == body
     assert len(protocol.get_buffer(-1)) == LARGE
+    kept = protocol._kept
+    again = asyncio.create_task(reader.readexactly(2 * LARGE))
+    deliver(protocol, body[:LARGE])
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    deliver(protocol, body[LARGE : 2 * LARGE])
+    assert await again == body[: 2 * LARGE]
+    assert protocol._kept is kept
 
 
 async def test_an_answer_that_claims_to_be_larger_than_any_takes_no_memory() -> None:
