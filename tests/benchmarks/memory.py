@@ -12,7 +12,8 @@ from tests.benchmarks.stage import HINTS_READ, LOOK_S, Group, Round, Stage, stop
 HINTS: Final = 5_000_000
 PARTS: Final = 5
 LIMIT_MB: Final = 400.0
-GROWTH_MB: Final = 16.0  # what the last million may add to the first one's peak: where pages lie is chance
+GROWTH_MB: Final = 32.0  # what the last million may add to the first one's peak: a flush of everything takes 20 MB, and
+# on a quick machine all hints of this backlog are read before the first flush; where pages lie is chance, too
 
 
 async def measure(stage: Stage) -> Report:
