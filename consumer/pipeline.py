@@ -268,13 +268,14 @@ class Pipeline:
                     await self._hurry.wait()
 
     async def _recount(self, works: Iterable[Work], epoch: int) -> None:
-        """Chunk after chunk, outside a backlog two at a time. Waits for all, also when one fails; then no more begins,
-        and a bug is raised before all else.
+        """Chunk after chunk, two at a time where no backlog is being read. Waits for all, also when one fails; then no
+        more begins, and a bug is raised before all else.
         """
         waiting, running, failures = deque(works), set[asyncio.Task[Outcome]](), list[BaseException]()
         try:
             while running or (waiting and not failures):
-                while waiting and not failures and len(running) < (1 if self._in_backlog else CHUNKS_AT_ONCE):
+                at_once = 1 if self._in_backlog and not self._full else CHUNKS_AT_ONCE
+                while waiting and not failures and len(running) < at_once:
                     chunk = [waiting.popleft() for _ in range(min(CHUNK_CAMPAIGNS, len(waiting)))]
                     operation = self._health.persist("pipeline", partial(self._chunk, chunk, epoch))
                     running.add(asyncio.create_task(operation, name="flush"))

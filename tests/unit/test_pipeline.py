@@ -389,8 +389,9 @@ async def test_a_flush_that_is_called_off_leaves_no_chunk_behind(monkeypatch: py
         assert ended == ["chunk"] * CHUNKS_AT_ONCE
 
 
-async def test_a_backlog_that_ends_meanwhile_has_two_chunks_under_way_from_then_on(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("end", ["read", "full"])
+async def test_once_nothing_more_is_read_of_a_backlog_two_chunks_are_under_way(
+    monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     monkeypatch.setattr(pipeline_module, "AHEAD_AT_MOST_S", 0.0)
     begun, one_may_end = [0], asyncio.Semaphore(0)
@@ -407,8 +408,12 @@ async def test_a_backlog_that_ends_meanwhile_has_two_chunks_under_way_from_then_
         run.source.deliver([batch(world, 0, 0, ["own"] * (4 * CHUNK))])
         await run.steps(20)
         assert begun == [1]
-        run.source.behind = 0
-        run.source.deliver([])
+        if end == "full":
+            monkeypatch.setattr(pipeline_module, "COLLECT_AT_MOST", CHUNK)
+            run.source.deliver([batch(world, 0, 4 * CHUNK, ["own"] * CHUNK)])
+        else:
+            run.source.behind = 0
+            run.source.deliver([])
         await run.steps(20)
         one_may_end.release()
         await run.until(lambda: begun == [3])
