@@ -38,7 +38,7 @@ COLLECT_AT_MOST: Final = 100_000  # campaigns and requests: 120 MB with usual hi
 BURY_AT_MOST: Final = 5_000  # dead letters: offsets move on within seconds, also where each is refused
 FAR_BEHIND: Final = 10_000  # records not yet read: a backlog; a steady stream leaves a twentieth of a second of reading
 CAUGHT_UP: Final = (
-    500  # records not yet read, what one poll takes: its end; a stream that we can keep up with gets there
+    500  # records not yet read, what one poll takes: its end, where each stream gets that we keep up with
 )
 AHEAD_CAMPAIGNS: Final = 250  # recounted before a backlog is read,
 AHEAD_EVERY_S: Final = 0.5  # so often,
