@@ -40,7 +40,7 @@ SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
 class Arena:
     """Sessions and an event loop for all examples. Synchronous from outside: `run` steps the loop."""
 
-    observer: asyncpg.Connection
+    observer: asyncpg.Pool  # of one session: several tasks ask it, one after the other
     writer: asyncpg.Connection
     holder: asyncpg.Connection
 
@@ -60,14 +60,14 @@ class Arena:
         self._runner.close()
 
     async def _open(self) -> None:
-        self.observer = await self._session()
+        self.observer = await asyncpg.create_pool(self._url, min_size=1, max_size=1, init=_read_json)
         self.writer = await self._session()
         self.holder = await self._session()
         self.databases = [await self._database(number) for number in range(REPLICAS)]
 
     async def _session(self) -> asyncpg.Connection:
         session: asyncpg.Connection = await asyncpg.connect(self._url)
-        await session.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
+        await _read_json(session)
         return session
 
     async def _database(self, replica: int) -> Watched:
@@ -93,7 +93,7 @@ class Arena:
 
     async def waiters(self) -> int:
         """How many sessions wait for a lock."""
-        count: int = await self.holder.fetchval(WAITERS)
+        count: int = await self.observer.fetchval(WAITERS)
         return count
 
     async def deferred(self) -> dict[int, tuple[UUID, frozenset[str]]]:
@@ -115,6 +115,10 @@ class Arena:
         for row in await self.observer.fetch("SELECT campaign_id, status FROM campaign_prospects"):
             found.setdefault(row["campaign_id"], []).append(row["status"])
         return found
+
+
+async def _read_json(session: Any) -> None:
+    await session.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
 
 
 async def snapshots(session: Any, campaign_ids: Sequence[UUID]) -> Mapping[UUID, Snapshot]:

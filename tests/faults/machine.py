@@ -116,6 +116,7 @@ class Machine(RuleBasedStateMachine):
         self.commit_fate: CommitFate = "accepted"
         self.held: tuple[UUID, bool] | None = None
         self.holding: Any = None
+        self.committing = asyncio.Lock()
         self.seen: dict[Turn, dict[UUID, tuple[int, list[Snapshot]]]] = {}
         self.letting_go: list[asyncio.Task[None]] = []
         self.meanwhile: list[asyncio.Task[None]] = []

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Literal, Protocol
 from uuid import UUID
 
@@ -30,7 +30,12 @@ Point = Literal["begin", "taken", "recount", "recounted", "saved", "committed", 
 
 
 class Probe(Protocol):
-    """Sees every transaction of a replica and may do anything at any of its points."""
+    """Sees every transaction of a replica and may do anything at any of its points.
+
+    `committing` is held from a commit until `finished` has looked at what it left, so that it sees one at a time.
+    """
+
+    committing: asyncio.Lock
 
     async def arrive(self, replica: int, point: Point, turn: "Turn | None") -> None: ...
     async def recounted(self, turn: "Turn", recounts: Mapping[UUID, Mapping[str, int]]) -> None: ...
@@ -94,10 +99,12 @@ class Watched(Database):
     async def transaction(self) -> AsyncIterator[Turn]:
         """What is raised at `committed` is the loss of the commit's answer."""
         await self.probe.arrive(self._replica, "begin", None)
-        async with super().transaction() as real:
-            turn = Turn(real._connection, self._replica, self.probe)
-            yield turn
-        await self.probe.finished(turn)
+        async with AsyncExitStack() as one_at_a_time:
+            async with super().transaction() as real:
+                turn = Turn(real._connection, self._replica, self.probe)
+                yield turn
+                await one_at_a_time.enter_async_context(self.probe.committing)
+            await self.probe.finished(turn)
         await self.probe.arrive(self._replica, "committed", None)
 
 
