@@ -327,6 +327,26 @@ async def test_a_shutdown_that_overruns_its_deadline_ends_with_3_and_loses_nothi
     await eventually(lambda: _is_true(db, campaign_id), "recounted by the next owner")
 
 
+async def test_a_stop_finishes_the_running_recount_and_commits_its_offset(
+    service: StartService, bus: Bus, db: asyncpg.Connection
+) -> None:
+    campaign_id, topic = await add_campaign(db, REFERENCE), bus.topics.prefix + "prospect.status-changed"
+    await db.execute(
+        """CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1); RETURN NEW; END $$;
+           CREATE TRIGGER slow BEFORE UPDATE ON campaigns FOR EACH ROW EXECUTE FUNCTION slow()"""
+    )
+    running = await service()
+    await bus.publish(topic, hint(campaign_id), key=str(campaign_id), partition=0)
+    sleeping = "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+    await eventually(lambda: db.fetchval(sleeping), "the recount is under way", running)
+    running.terminate()
+    assert await running.wait() == 0
+    assert await _is_true(db, campaign_id)
+    group = f"{bus.topics.prefix}campaign-stats"
+    async with broker.Group(broker.Connection(bus.bootstrap, {}), group, [topic]) as left:
+        assert (await left.committed())[(topic, 0)] == 1
+
+
 async def test_run_lists_missing_columns_rights_and_topics_at_once(
     environment: dict[str, str], db: asyncpg.Connection, database_url: str
 ) -> None:
