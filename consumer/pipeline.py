@@ -34,7 +34,7 @@ from consumer.metrics import RECORD_KINDS, Metrics
 from consumer.outcome import Deferral, Outcome
 from consumer.recount import Rules, recount_campaigns, tally
 
-COLLECT_AT_MOST: Final = 100_000  # campaigns and requests: 120 MB with usual hints (measured)
+COLLECT_AT_MOST: Final = 100_000  # campaigns and requests: 110 MB with usual hints (measured)
 BURY_AT_MOST: Final = 5_000  # dead letters: offsets move on within seconds, also where each is refused
 FAR_BEHIND: Final = 10_000  # records not yet read: a backlog; a steady stream leaves a twentieth of a second of reading
 CAUGHT_UP: Final = (

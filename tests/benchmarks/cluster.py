@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from tests.benchmarks.drain import service_run
+from tests.benchmarks.drain import service_run, warm_up
 from tests.benchmarks.report import Figure, Report, ratios
 from tests.benchmarks.stage import Run, Stage, rates, reported
 from tests.servers import ApacheCluster
@@ -27,6 +27,8 @@ async def measure(stage: Stage) -> Report:
         on_three = replace(stage, kafka=brokers, replication=REPLICAS, template_name="cluster", before=None, ids=())
         for number in range(1, stage.size.rounds + 1):
             async with on_three.round(number, seed=800 + number) as common:
+                if number == 1:
+                    await warm_up(on_three, common)
                 for processes in (1, 2, 3) if number % 2 else (3, 2, 1):
                     attempt = partial(service_run, on_three, common, processes=processes, contestant=NAMES[processes])
                     runs.append(await stage.undisturbed(f"c{number}-{processes}", attempt))

@@ -133,7 +133,8 @@ async def _round(stage: Stage, number: int, peers: Sequence[Peer]) -> list[Run]:
     runs = []
     async with stage.round(number, seed=number) as common:
         if number == 1:
-            await _warm_up(stage, common)
+            await warm_up(stage, common)
+            _say_for_nothing(stage, await _recounting_run(stage, common, PER_EVENT, "warm-up-peer"))
         for place, peer in enumerate(order):
             if isinstance(peer, str):
                 attempt: Callable[[str], Awaitable[Run]] = partial(
@@ -145,11 +146,14 @@ async def _round(stage: Stage, number: int, peers: Sequence[Peer]) -> list[Run]:
     return runs
 
 
-async def _warm_up(stage: Stage, common: Round) -> None:
-    """Both ways of using the broker, for nothing: its JVM compiles meanwhile, and nobody meets it cold."""
-    runs = [await service_run(stage, common, f"warm-up-service{number}") for number in range(WARM_UPS)]
-    for run in [*runs, await _recounting_run(stage, common, PER_EVENT, "warm-up-peer")]:
-        stage.say(f"  warm-up, does not count: {run.contestant} = {run.rate:,.0f}/s")
+async def warm_up(stage: Stage, common: Round) -> None:
+    """The service, for nothing: the brokers' JVMs compile meanwhile, and nobody meets them cold."""
+    for number in range(WARM_UPS):
+        _say_for_nothing(stage, await service_run(stage, common, f"warm-up-service{number}"))
+
+
+def _say_for_nothing(stage: Stage, run: Run) -> None:
+    stage.say(f"  warm-up, does not count: {run.contestant} = {run.rate:,.0f}/s")
 
 
 async def service_run(stage: Stage, common: Round, name: str, *, processes: int = 1, contestant: str = SERVICE) -> Run:
