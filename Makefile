@@ -64,7 +64,7 @@ bench-long: $(PEERS) ## Measure what needs millions or an hour: memory, growth, 
 	@LONG=1 $(if $(ONLY),ONLY=$(ONLY)) $(BIN)/python -m tests.benchmarks $(ARGS)
 
 bench-plots: $(PEERS) ## Draw what `make bench-long` found
-	@.cache/peers/bin/python -m tests.benchmarks.plots build/bench-long.json
+	@.cache/peers/bin/python -m tests.benchmarks.plots build
 
 bench-profile: $(PEERS) ## Say where the time goes (needs Java 17, Maven, a PostgreSQL with contrib); ARGS="--hints 200000"
 	@$(BIN)/python -m tests.benchmarks.profile $(ARGS)

@@ -62,7 +62,8 @@ class Generation:
 
     `offsets` are the next offsets to read; they may be committed once everything else in here is done. `held_bytes`:
     what dead letters and the ids of requests hold in memory. `oldest`: when the first record of a batch was written,
-    epoch seconds of its producer's or broker's clock.
+    epoch seconds of its producer's or broker's clock. `ahead`: how many campaigns were taken off; one that
+    comes again is in here as well.
     """
 
     hints: Hints = field(default_factory=Hints)
@@ -73,6 +74,7 @@ class Generation:
     asked: int = 0  # requests, the same one twice counted twice
     held_bytes: int = 0
     oldest: float | None = None
+    ahead: int = 0
 
     def add_request(self, request: SyncRequest) -> None:
         """A sync request; the same event twice is one request."""
@@ -101,6 +103,7 @@ class Generation:
         """
         since = _moment(self.oldest)
         taken = self.hints.take_first(most)
+        self.ahead += len(taken)
         return [Work(campaign, Trigger.STATUS_CHANGED, hint=cause, since=since) for campaign, cause in taken.items()]
 
     def works(self) -> Iterator[Work]:

@@ -83,14 +83,14 @@ class Metrics:
         )
         self.generation_campaigns = self._histogram(
             "generation_campaigns",
-            "Dirty campaigns in a flushed generation.",
+            "Campaigns recounted for a flushed generation; in a backlog also those recounted while it was read.",
             "campaigns",
             "recounts cost more than expected: many different campaigns, or the same ones again",
             SIZES,
         )
         self.generation_seconds = self._histogram(
             "generation_seconds",
-            "From the start of a generation's flush until its offsets may be committed.",
+            "From a generation's turn until its offsets may be committed; in a backlog it is read first, up to ten seconds.",
             "seconds",
             "delay rises: is it the flush, or does it wait in the outbox",
             FAST_S,

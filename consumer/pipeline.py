@@ -210,7 +210,7 @@ class Pipeline:
         while True:
             await self._filled.wait()
             self._idle.clear()
-            records = 0
+            begun, records = time.monotonic(), 0
             try:
                 await self._recount_ahead()
                 self._filled.clear()
@@ -221,34 +221,34 @@ class Pipeline:
                     self._source.resume()
                 if self.is_ours and (generation or passed):
                     records = generation.records
-                    await self._flush(generation, passed, self._epoch)
+                    await self._flush(generation, passed, self._epoch, begun)
             except OwnershipLost as lost:
                 self._metrics.commits_refused.inc()
                 log.info("generation dropped, its new owner repeats it", why=str(lost), records=records)
             finally:
                 self._idle.set()
 
-    async def _flush(self, generation: Generation, passed: Sequence[Passed], epoch: int) -> None:
-        """Make everything in `generation` true in the database, then release its offsets."""
-        begun = time.monotonic()
+    async def _flush(self, generation: Generation, passed: Sequence[Passed], epoch: int, begun: float) -> None:
+        """Make everything in `generation` true in the database, then release its offsets. Its turn has `begun` then."""
         if generation.dead_letters or passed:
             letters, stubs = list(generation.dead_letters), list(passed)
             await self._health.persist("dead letters", lambda: self._bury(letters, stubs, epoch))
             self._count_dead_letters(generation, passed)
         await self._recount(generation.works(), epoch)
-        if generation.oldest is not None and generation.campaigns:
+        campaigns = generation.campaigns + generation.ahead
+        if generation.oldest is not None and campaigns:
             self._metrics.freshness.observe(max(0.0, time.time() - generation.oldest))
         self._release(generation, epoch)
         seconds = time.monotonic() - begun
         self._metrics.generation_records.observe(generation.records)
-        self._metrics.generation_campaigns.observe(generation.campaigns)
+        self._metrics.generation_campaigns.observe(campaigns)
         self._metrics.generation_seconds.observe(seconds)
         if not generation.records and not passed:
             return  # only a position that moved without records
         log.info(
             "generation flushed",
             records=generation.records,
-            campaigns=generation.campaigns,
+            campaigns=campaigns,
             dead_letters=len(generation.dead_letters),
             seconds=round(seconds, 4),
         )

@@ -81,6 +81,7 @@ LONG: Final[Mapping[str, Measure]] = {
     "partitioned": partitioned.measure,
 }
 WITH_PEERS: Final = frozenset(("drain", "reading", "warm"))
+QUICK_WITH_PEERS: Final = WITH_PEERS - {"drain"}  # whose peer is then the per-event consumer alone
 
 
 def main() -> int:
@@ -92,7 +93,8 @@ def main() -> int:
     if unknown := sorted(set(wanted) - {*MEASURES, *LONG}):
         print(f"bench: ONLY={','.join(unknown)} is unknown, there are {', '.join((*MEASURES, *LONG))}", file=sys.stderr)
         return 2
-    if missing := _missing(with_peers=mode != "QUICK" and not WITH_PEERS.isdisjoint(chosen)):
+    with_peers = QUICK_WITH_PEERS if mode == "QUICK" else WITH_PEERS
+    if missing := _missing(with_peers=not with_peers.isdisjoint(chosen)):
         print("\n".join(f"bench: {line}" for line in missing), file=sys.stderr)
         return 2
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -139,11 +141,10 @@ def _missing(*, with_peers: bool) -> list[str]:
     if not with_peers:
         return missing
     homes = [f"{home}/bin" for home in (os.environ.get("JAVA_HOME"),) if home]
-    if shutil.which("javac", path=os.pathsep.join([*homes, os.environ.get("PATH", os.defpath)])) is None:
-        missing.append(
-            "the peer Kafka Streams cannot be built, there is no javac: install a JDK"
-            " (Debian: apt-get install openjdk-17-jdk-headless)"
-        )
+    folders = os.pathsep.join([*homes, os.environ.get("PATH", os.defpath)])
+    tools = {"javac": "a JDK (Debian: openjdk-17-jdk-headless)", "mvn": "Maven (Debian: maven)"}
+    if packages := [package for tool, package in tools.items() if shutil.which(tool, path=folders) is None]:
+        missing.append(f"the peer Kafka Streams cannot be built: install {' and '.join(packages)}")
     if not PEERS_PYTHON.exists():
         missing.append(
             f"the peers {', '.join(PEER_PACKAGES)} are missing: start this by `make bench`, which fetches them"
@@ -166,17 +167,22 @@ async def _measure(stage: Stage, chosen: Mapping[str, Measure], mode: str, disk_
         console.print("QUICK=1: fewer rounds and hints than the real measurement; limits apply all the same")
     console.print("  ".join(f"{name} {value}" for name, value in conditions.items()), soft_wrap=True)
     reports = []
-    async with asyncio.timeout(DEADLINE_S[mode]):
-        for name, measure in chosen.items():
-            console.print(f"{name} ...")
-            started = time.monotonic()
-            try:
-                report = await measure(stage)
-            except (Failed, ServerFailed) as error:
-                report = Report(name, problems=[str(error)])
-            report.seconds = time.monotonic() - started
-            reports.append(report)
-            console.print(f"{name}: {report.seconds:.0f} s")
+    try:
+        async with asyncio.timeout(DEADLINE_S[mode]):
+            for name, measure in chosen.items():
+                console.print(f"{name} ...")
+                started = time.monotonic()
+                try:
+                    report = await measure(stage)
+                except Exception as error:  # the others' figures are worth as much without this one's
+                    report = Report(name, problems=[str(error) or type(error).__name__])
+                    if not isinstance(error, (Failed, ServerFailed)):
+                        console.print_exception()
+                report.seconds = time.monotonic() - started
+                reports.append(report)
+                console.print(f"{name}: {report.seconds:.0f} s")
+    except TimeoutError:
+        reports.append(Report("all", problems=[f"it was not done after {DEADLINE_S[mode] / 60:.0f} minutes"]))
     failures = [failure for report in reports for failure in report.failures()]
     console.print(table(reports))
     for failure in failures:

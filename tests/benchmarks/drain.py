@@ -39,6 +39,7 @@ from tests.benchmarks.stage import (
 
 MEMORY_LIMIT_MB: Final = 400.0
 WARM_UPS: Final = 3  # of the service; its rate still rises by a tenth from the first to the third
+REQUESTS: Final = 100  # that wait for the service beside the hints
 PEER_EVENTS: Final = 3_000
 MANY_EVENTS: Final = 200_000  # of a peer that is not slow
 PEER_SECONDS: Final = 60.0
@@ -103,7 +104,7 @@ async def measure(stage: Stage) -> Report:
     await stage.template()
     for number in range(1, stage.size.rounds + 1):
         runs.extend(await _round(stage, number, peers))
-    report = reported("drain", runs, rounds=min(stage.size.rounds, 3))
+    report = reported("drain", runs, rounds=stage.size.rounds)
     ours, on_both = rates(runs, SERVICE), rates(runs, ON_BOTH_CORES)
     for peer in peers:
         theirs = rates(runs, peer.name)
@@ -132,13 +133,16 @@ async def _round(stage: Stage, number: int, peers: Sequence[Peer]) -> list[Run]:
         order.reverse()
     runs = []
     async with stage.round(number, seed=number) as common:
+        campaigns = stage.ids[:: max(1, len(stage.ids) // REQUESTS)]
+        topic = common.topics.of(events.SYNC_REQUESTED)
+        asked = await workload.write_requests(stage.kafka.bootstrap, topic, campaigns)
         if number == 1:
             await warm_up(stage, common)
             _say_for_nothing(stage, await _recounting_run(stage, common, PER_EVENT, "warm-up-peer"))
         for place, peer in enumerate(order):
             if isinstance(peer, str):
                 attempt: Callable[[str], Awaitable[Run]] = partial(
-                    service_run, stage, common, processes=ours[peer], contestant=peer
+                    service_run, stage, common, processes=ours[peer], contestant=peer, asked=asked
                 )
             else:
                 attempt = partial(_counting_run if peer.counts_only else _recounting_run, stage, common, peer)
@@ -156,8 +160,12 @@ def _say_for_nothing(stage: Stage, run: Run) -> None:
     stage.say(f"  warm-up, does not count: {run.contestant} = {run.rate:,.0f}/s")
 
 
-async def service_run(stage: Stage, common: Round, name: str, *, processes: int = 1, contestant: str = SERVICE) -> Run:
-    """One run of the service, in one process or several of one group, from joined to drained."""
+async def service_run(
+    stage: Stage, common: Round, name: str, *, processes: int = 1, contestant: str = SERVICE, asked: Sequence[str] = ()
+) -> Run:
+    """One run of the service, in one process or several of one group, from joined to drained. `asked`: the ids of the
+    sync requests that were written too.
+    """
     before, topics = await stage.template(), common.topics
     published_before = await workload.ends(stage.kafka.bootstrap, topics.of(events.STATS_UPDATED))
     async with stage.database(name, of=common.database) as database, stage.admin() as admin:
@@ -184,6 +192,8 @@ async def service_run(stage: Stage, common: Round, name: str, *, processes: int 
                 service.stop()
         news = await workload.read_news(stage.kafka.bootstrap, topics.of(events.STATS_UPDATED), behind=published_before)
         problems += await workload.prove(stage.postgres.url(database), before, news, set(common.draws))
+        if unanswered := set(asked) - news.causes:
+            problems.append(f"{len(unanswered)} of {len(asked)} requests were not answered")
     return Run(
         contestant,
         common.number,

@@ -1,6 +1,7 @@
-"""Draw growth.svg from build/bench-long.json: time per hint, time per recount and memory over each axis.
+"""Draw growth.svg from what `make bench-long` wrote: time per hint, time per recount and memory over each axis.
 
-Needs matplotlib, which is in the peers' environment: `make bench-long` starts it there.
+Needs matplotlib, which is in the peers' environment: `make bench-plots` starts it there. Of bench-long.json and
+bench-long-part.json it takes the newer one that tells of growth.
 """
 
 import json
@@ -26,9 +27,16 @@ ROWS = (
 )
 
 
-def main(results: Path, picture: Path) -> None:
-    """One column for each axis, one row for each cost; a dot for each run that counts, the line through the medians."""
-    runs = [run for run in json.loads(results.read_text())["measures"]["growth"]["runs"] if run["counts"]]
+def newest(folder: Path) -> Sequence[Mapping[str, Any]]:
+    """The runs of growth that were written last. Raises SystemExit when there are none."""
+    for file in sorted(folder.glob("bench-long*.json"), key=lambda file: file.stat().st_mtime, reverse=True):
+        if growth := json.loads(file.read_text())["measures"].get("growth"):
+            return [run for run in growth["runs"] if run["counts"]]
+    raise SystemExit(f"plots: no file in {folder} tells of growth: run `make bench-long ONLY=growth` first")
+
+
+def draw(runs: Sequence[Mapping[str, Any]], picture: Path) -> None:
+    """One column for each axis, one row for each cost; a dot for each run, the line through the medians."""
     axes = list(dict.fromkeys(run["axis"] for run in runs))
     figure, grid = plt.subplots(
         len(ROWS), len(axes), figsize=(2.6 * len(axes), 2.2 * len(ROWS)), squeeze=False, layout="constrained"
@@ -57,4 +65,4 @@ def _draw(plot: Any, runs: Sequence[Mapping[str, Any]], cost: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), HERE / "growth.svg")
+    draw(newest(Path(sys.argv[1])), HERE / "growth.svg")

@@ -19,7 +19,7 @@ async def measure(stage: Stage) -> Report:
             for processes in (1, 2) if number % 2 else (2, 1):
                 attempt = partial(service_run, stage, common, processes=processes, contestant=NAMES[processes])
                 runs.append(await stage.undisturbed(f"p{number}-{processes}", attempt))
-    report = reported("processes", runs)
+    report = reported("processes", runs, rounds=stage.size.rounds)
     one, two = (rates(runs, name) for name in NAMES.values())
     report.figures = [
         Figure("two processes vs one: hints/s", ratios(two, one), ",.2f", at_least(FLOOR)),

@@ -43,7 +43,7 @@ async def measure(stage: Stage) -> Report:
             for contestant in names if number % 2 else names[::-1]:
                 attempt = partial(_run, stage, common, number, contestant)
                 runs.append(await stage.undisturbed(f"read{number}-{names.index(contestant)}", attempt))
-    report = reported("reading", runs)
+    report = reported("reading", runs, rounds=stage.size.rounds)
     cpu = {
         name: {run.round: run.cpu_s / run.events * 1e6 for run in runs if run.counts and run.contestant == name}
         for name in COMMANDS

@@ -52,7 +52,7 @@ async def measure(stage: Stage) -> Report:
             ]
             for place, attempt in enumerate(contestants if number % 2 else contestants[::-1]):
                 runs.append(await stage.undisturbed(f"w{number}-{place}", attempt))
-    report = reported("warm", runs)
+    report = reported("warm", runs, rounds=stage.size.rounds)
     one, two, theirs = (rates(runs, name) for name in (*NAMES.values(), PEER.name))
     report.figures = [
         Figure("two processes vs warm Kafka Streams in memory, two threads", ratios(two, theirs), ",.2f", PEER.limit),

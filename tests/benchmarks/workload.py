@@ -115,9 +115,12 @@ class Truth:
 
 @dataclass(slots=True)
 class News:
-    """What stands on a stats-updated topic: how many events, and of each campaign the one with the highest version."""
+    """What stands on a stats-updated topic: how many events, of each campaign the one with the highest version, and the
+    ids of the events that they name as their cause.
+    """
 
     events: int = 0
+    causes: set[str] = field(default_factory=set)
     latest: dict[UUID, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -306,6 +309,20 @@ async def write_hints(
         await producer.stop()
 
 
+async def write_requests(bootstrap: str, topic: str, campaigns: Sequence[UUID]) -> list[str]:
+    """A sync request for each campaign; their ids."""
+    ids = [f"request-{number}" for number in range(len(campaigns))]
+    async with AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all") as producer, asyncio.timeout(WRITE_DEADLINE_S):
+        for identity, campaign in zip(ids, campaigns, strict=True):
+            event = {
+                "specversion": "1.0", "id": identity, "source": "/engine/web", "type": events.SYNC_REQUESTED,
+                "time": "2026-04-18T15:12:00Z", "subject": str(campaign), "datacontenttype": "application/json",
+                "data": {"campaign_id": str(campaign)},
+            }  # fmt: skip
+            await producer.send_and_wait(topic, json.dumps(event).encode(), key=str(campaign).encode())
+    return ids
+
+
 def hint(campaign: str, number: int, padding: str = "") -> bytes:
     """One hint as an upstream writes it, 435 bytes and `padding`; its id follows from `number`."""
     identity = f"{number:032x}"
@@ -322,8 +339,10 @@ async def read_news(bootstrap: str, topic: str, behind: Mapping[int, int] | None
     """Everything on a topic of stats_updated events, of each partition from the offset in `behind` on."""
     news = News()
     async for record in read_all(bootstrap, topic, behind):
-        data = json.loads(record.value)["data"]
+        event = json.loads(record.value)
+        data = event["data"]
         news.events += 1
+        news.causes.add(event.get("causationid", ""))
         campaign = UUID(data["campaign"]["id"])
         if data.get("version", 0) >= news.latest.get(campaign, {}).get("version", 0):
             news.latest[campaign] = data

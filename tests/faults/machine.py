@@ -317,11 +317,14 @@ class Machine(RuleBasedStateMachine):
     # -- steps of the service
 
     async def _flush(self, replica: Replica, records: int, *, in_backlog: bool = False) -> None:
+        await self._survived(replica, self._flushed(replica, records, in_backlog=in_backlog))
+
+    async def _flushed(self, replica: Replica, records: int, *, in_backlog: bool) -> None:
         replica.member.grant(records, behind=pipeline_module.FAR_BEHIND if in_backlog else 0)
         if in_backlog:
             await replica.collected()
             replica.member.grant(2)
-        await self._survived(replica, replica.idle())
+        await replica.idle()
 
     async def _collect(self, replica: Replica) -> None:
         """Fetching goes on while a flush is under way, and so do upstreams."""

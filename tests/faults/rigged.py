@@ -302,9 +302,9 @@ def dead_letters_after_the_offsets() -> None:
     async def later(self: Pipeline, *rest: Any) -> None:
         """Not now."""
 
-    async def broken(self: Pipeline, generation: Generation, passed_: Any, epoch: int) -> None:
+    async def broken(self: Pipeline, generation: Generation, passed_: Any, epoch: int, begun: float) -> None:
         letters = list(generation.dead_letters)
-        await flush(self, generation, passed_, epoch)
+        await flush(self, generation, passed_, epoch, begun)
         await self._committed.wait()
         if letters or passed_:
             await bury(self, letters, list(passed_), epoch)

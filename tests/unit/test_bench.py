@@ -38,30 +38,44 @@ def test_what_a_measurement_fails_for(report: Report, expected: Sequence[str]) -
 
 
 @pytest.mark.parametrize(
-    ("median", "raises", "code", "said"),
-    [(6.5, False, 0, None), (5.5, False, 1, "FAILED: f: 5.50, the limit is >= 6"), (6.5, True, 1, "it did not join")],
+    ("ending", "code", "said"),
+    [
+        (6.5, 0, "written to build/bench.json"),
+        (5.5, 1, "FAILED: f: 5.50, the limit is >= 6"),
+        (Failed("it did not join"), 1, "FAILED: n: INVALID, does not count: it did not join"),
+        (RuntimeError("a bug of ours"), 1, "FAILED: n: INVALID, does not count: a bug of ours"),
+        ("never", 1, "it was not done after 0 minutes"),
+    ],
 )
 def test_the_exit_code_says_whether_every_limit_held(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, median: float, raises: bool, code: int, said: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: float | Exception | str, code: int, said: str
 ) -> None:
     async def conditions(*_: object) -> dict[str, Any]:
         return {"cores": 2}
 
-    async def measure(_: Stage) -> Report:
-        if raises:
-            raise Failed("it did not join")
-        return Report("m", [Figure("f", [median] * 3, limit=FLOOR)])
+    async def first(_: Stage) -> Report:
+        return Report("m", [Figure("g", [7.0] * 3, limit=FLOOR)])
+
+    async def second(_: Stage) -> Report:
+        if isinstance(ending, Exception):
+            raise ending
+        if isinstance(ending, float):
+            return Report("n", [Figure("f", [ending] * 3, limit=FLOOR)])
+        await asyncio.sleep(60)
+        raise AssertionError("it has a deadline")
 
     monkeypatch.setattr(bench, "REPOSITORY", tmp_path)
     monkeypatch.setattr(bench, "_conditions", conditions)
     monkeypatch.delenv("ONLY", raising=False)
+    monkeypatch.setitem(bench.DEADLINE_S, "", 0.2 if ending == "never" else 60.0)
     page = io.StringIO()
-    stage = cast(Stage, SimpleNamespace())
-    found = asyncio.run(bench._measure(stage, {"m": measure}, "", 0.001, Console(file=page, width=120)))
+    stage, measures = cast(Stage, SimpleNamespace()), {"m": first, "n": second}
+    found = asyncio.run(bench._measure(stage, measures, "", 0.001, Console(file=page, width=120)))
     assert found == code
-    written = json.loads((tmp_path / "build/bench.json").read_text())["measures"]["m"]["failures"]
-    assert bool(written) is bool(code)
-    assert said is None or said in page.getvalue()
+    written = json.loads((tmp_path / "build/bench.json").read_text())["measures"]
+    assert any(measure["failures"] for measure in written.values()) is bool(code)
+    assert written["m"]["figures"]["g"]["median"] == 7.0, "what was measured is kept"
+    assert said in page.getvalue()
 
 
 def test_a_peer_that_cannot_be_built_or_found_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

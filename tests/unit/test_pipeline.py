@@ -500,6 +500,32 @@ async def test_a_backlog_is_read_before_it_is_flushed_as_a_whole() -> None:
 
 
 @pytest.mark.usefixtures("once_ahead")
+async def test_what_is_told_of_a_generation_includes_what_was_recounted_ahead_of_its_end() -> None:
+    world = World()
+    async with running(world) as run:
+        await in_a_backlog(world, run)
+        await asyncio.sleep(0.2)
+        run.source.behind = 0
+        run.source.deliver([])
+        await run.until(lambda: world.committed == {(TOPIC, 0): 3 * CHUNK})
+        assert run.value("generation_campaigns_sum") == 3 * CHUNK
+        assert run.value("generation_seconds_sum") >= 0.2
+
+
+@pytest.mark.usefixtures("once_ahead")
+async def test_a_new_assignment_begins_without_a_backlog() -> None:
+    world = World()
+    async with running(world) as run:
+        await in_a_backlog(world, run)
+        await asyncio.wait_for(run.pipeline.let_go(), 5)
+        run.pipeline.take_over([(TOPIC, 1)])
+        run.source.behind = FAR_BEHIND - 1
+        run.source.deliver([batch(world, 1, 0, ["own"] * CHUNK)])
+        await run.until(lambda: world.committed == {(TOPIC, 1): CHUNK})
+    assert len(world.outcomes) == 2
+
+
+@pytest.mark.usefixtures("once_ahead")
 async def test_what_comes_again_while_a_backlog_is_read_is_recounted_once_more_and_not_each_time() -> None:
     world = World()
     async with running(world) as run:
