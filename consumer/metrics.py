@@ -90,7 +90,7 @@ class Metrics:
         )
         self.generation_seconds = self._histogram(
             "generation_seconds",
-            "From a generation's turn until its offsets may be committed; in a backlog it is read first, up to ten seconds.",
+            "From a generation's turn until its offsets may be committed; a backlog is read first, up to ten seconds.",
             "seconds",
             "delay rises: is it the flush, or does it wait in the outbox",
             FAST_S,
