@@ -309,3 +309,13 @@ async def running(world: World, *, commit_every_s: float = 0) -> AsyncIterator[R
 def batch(world: World, partition: int, first: int, kinds: Sequence[str]) -> Batch:
     records = [world.record(partition, first + place, kind) for place, kind in enumerate(kinds)]
     return Batch((TOPIC, partition), records, first + len(kinds))
+
+
+async def let_go_waits(world: World, run: Run) -> None:
+    """Partitions are taken away while transactions are held, and not before these end."""
+    letting_go = asyncio.create_task(run.pipeline.let_go())
+    await run.steps(20)
+    assert not letting_go.done()
+    assert world.hold is not None
+    world.hold.set()
+    await run.until(letting_go.done)
