@@ -258,9 +258,10 @@ def offsets_before_the_transaction() -> None:
     """Offsets move first, then the work is done."""
     flush = Pipeline._flush
 
-    async def broken(self: Pipeline, generation: Generation, *rest: Any) -> None:
-        await self._source.commit(generation.offsets)
-        await flush(self, generation, *rest)
+    async def broken(self: Pipeline, generation: Generation, passed_: Any, epoch: int, begun: float) -> None:
+        self._release(generation, epoch)
+        await self._committed.wait()  # by the one that commits: a second one would be overtaken by older offsets
+        await flush(self, generation, passed_, epoch, begun)
 
     _replace(Pipeline, "_flush", broken)
 
