@@ -60,6 +60,13 @@ POINTS: Final = (
 )
 """Where `run` can be ended. A migration's are `migration 0001` to the last, in its transaction or behind its index."""
 
+BACKLOG_POINTS: Final = (
+    "in chunk ahead",  # while a backlog is read
+    "after chunk ahead",  # the offsets of what was recounted wait for the rest
+    "in chunk",  # the backlog is read
+)
+"""Where `run` can be ended behind a backlog."""
+
 COMMAND_POINTS: Final = (
     "locked",  # `redrive` and `replay` have their turn
     "published",  # what `redrive` sends back was acknowledged, and is not marked
@@ -147,7 +154,9 @@ def _rig_points() -> None:
         after="after offsets",
         matters=lambda offsets, _: not _worked.isdisjoint(offsets.items()),
     )
-    _around(Pipeline, "_chunk", before="before chunk", engine="chunk")
+    _around(Pipeline, "_recount_ahead", engine="chunk ahead")
+    _around(Pipeline, "_flush", engine="chunk")
+    _around(Pipeline, "_chunk", before="before chunk")
     _around(DeferredWorker, "turn", engine="deferred")
     _around(Relay, "turn", engine="relay")
     _around(Relay, "_send", before="before send", after="after acknowledgement")
@@ -264,6 +273,19 @@ def offsets_before_the_transaction() -> None:
         await flush(self, generation, passed_, epoch, begun)
 
     _replace(Pipeline, "_flush", broken)
+
+
+def offsets_with_what_is_recounted_ahead() -> None:
+    """What is recounted while a backlog is read takes with it the offsets of all that was read."""
+    ahead = Pipeline._recount_ahead
+
+    async def broken(self: Pipeline) -> None:
+        await ahead(self)
+        if self._collecting.ahead:
+            self._release(self._collecting, self._epoch)
+            await self._committed.wait()
+
+    _replace(Pipeline, "_recount_ahead", broken)
 
 
 def delete_before_the_acknowledgement() -> None:
@@ -485,6 +507,7 @@ BREAKAGES: Final[Mapping[str, Callable[[], None]]] = {
     breakage.__name__: breakage
     for breakage in (
         offsets_before_the_transaction,
+        offsets_with_what_is_recounted_ahead,
         delete_before_the_acknowledgement,
         fresh_id_for_each_sending,
         dead_letters_after_the_offsets,

@@ -1,6 +1,7 @@
 """One scenario: servers, a database and topics of its own, an upstream, replicas of the service, a checker."""
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -170,6 +171,15 @@ class Stage:
         findings = await self.check(paused=paused, untold=untold)
         findings.must(late is None, f"never quiet: {late}")
         return findings
+
+
+async def backlog(one: Stage, hints: int, campaigns: int) -> None:
+    """Hints that wait already, each campaign in turn."""
+    ids = await one.upstream.campaigns(campaigns, {"pending": 10, "sent": 5})
+    topic = one.topics.of("prospect.status_changed.v1")
+    said = [(topic, str(campaign), json.dumps(hint(campaign)).encode()) for campaign in ids]
+    for begin in range(0, hints, campaigns):
+        await one.upstream.publish(said[: hints - begin])
 
 
 @asynccontextmanager

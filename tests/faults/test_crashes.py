@@ -11,8 +11,8 @@ import pytest
 from consumer.demo.servers import Postgres
 from tests.conftest import RunningService, eventually
 from tests.faults.checker import Findings
-from tests.faults.rigged import POINTS
-from tests.faults.stage import SEED, Grid, Stage, held_by_the_product, stage
+from tests.faults.rigged import BACKLOG_POINTS, POINTS
+from tests.faults.stage import SEED, Grid, Stage, backlog, held_by_the_product, stage
 
 pytestmark = pytest.mark.apache_kafka
 
@@ -87,6 +87,33 @@ async def test_the_same_kills_find_a_service_that_is_broken(grid: Grid, postgres
     results = await asyncio.gather(*(one(breakage, point) for breakage, point, _ in BROKEN))
     for (breakage, point, due), problems in zip(BROKEN, results, strict=True):
         assert any(problem.startswith(tuple(due.split("|"))) for problem in problems), (breakage, point, problems)
+
+
+async def killed_behind_a_backlog(grid: Grid, postgres: Postgres, point: str, *, breakage: str = "") -> Findings:
+    """The same while many more records wait than a generation should hold back."""
+    async with stage(grid, postgres) as one:
+        await backlog(one, 45_000, 1_000)  # of each partition more than makes one
+        doomed = await one.replica(point=point, breakage=breakage, ready=False)
+        await eventually(
+            lambda: doomed.process.returncode is not None, f"killed at `{point}`: {doomed.raw[-5:]}", timeout_s=40
+        )
+        assert doomed.process.returncode == -9, (point, doomed.raw[-5:])
+        await one.replica()
+        return await one.settled_and_checked()
+
+
+async def test_a_kill_behind_a_backlog_loses_nothing(grid: Grid, postgres: Postgres) -> None:
+    """SIGKILL while a backlog is read and campaigns are recounted ahead of it, and behind it"""
+    results = await asyncio.gather(*(killed_behind_a_backlog(grid, postgres, point) for point in BACKLOG_POINTS))
+    assert [found.problems for found in results] == [[]] * len(BACKLOG_POINTS)
+
+
+async def test_the_same_kill_finds_offsets_that_move_with_what_was_recounted_ahead(
+    grid: Grid, postgres: Postgres
+) -> None:
+    """Breakage found by a kill behind a backlog [offsets_with_what_is_recounted_ahead]"""
+    found = await killed_behind_a_backlog(grid, postgres, "in chunk", breakage="offsets_with_what_is_recounted_ahead")
+    assert any(problem.startswith("follower: nothing was ever told") for problem in found.problems), found.problems
 
 
 @pytest.mark.faults

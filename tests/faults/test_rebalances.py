@@ -13,7 +13,7 @@ import pytest
 from consumer.demo.servers import Postgres
 from tests.conftest import RunningService, eventually
 from tests.faults import checker
-from tests.faults.stage import SLACK, Grid, Stage, held_by_the_product, is_still, stage
+from tests.faults.stage import SLACK, Grid, Stage, backlog, held_by_the_product, is_still, stage
 from tests.world import hint
 
 pytestmark = pytest.mark.apache_kafka
@@ -65,15 +65,6 @@ class Silence:
     def longest(self, begin: float, end: float) -> float:
         """The longest one that overlaps this time."""
         return max((length for until, length in self.gaps if until > begin and until - length < end), default=0.0)
-
-
-async def backlog(one: Stage, hints: int, campaigns: int) -> None:
-    """Hints that wait already, each campaign in turn."""
-    ids = await one.upstream.campaigns(campaigns, {"pending": 10, "sent": 5})
-    topic = one.topics.of("prospect.status_changed.v1")
-    said = [(topic, str(campaign), json.dumps(hint(campaign)).encode()) for campaign in ids]
-    for begin in range(0, hints, campaigns):
-        await one.upstream.publish(said[: hints - begin])
 
 
 @pytest.mark.parametrize(
