@@ -21,7 +21,7 @@ from tests.servers import REPOSITORY
 
 RESULTS: Final = REPOSITORY / "build" / "bench.json"
 GENERATION_AT_MOST: Final = 100_000  # campaigns (consumer.pipeline.COLLECT_AT_MOST)
-POOL: Final = 6  # connections of one process at most (consumer.database.POOL_SIZE)
+POOL: Final = 6  # connections of one process at most (consumer.database.pool.POOL_SIZE)
 SPARE: Final = 1.5
 FRESH_S: Final = 1.0  # a generation: what comes in at its beginning waits for it and for the next one
 HOPELESS_S: Final = 600.0

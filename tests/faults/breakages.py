@@ -248,7 +248,7 @@ BREAKAGES: Final = (
         "a deferred row is gone",
         (
             Edit(
-                "consumer.database:Transaction.take_deferred",
+                "consumer.database.transaction:Transaction.take_deferred",
                 'self._connection.fetch(statement("take_deferred"))',
                 """self._connection.fetch(
         statement("take_deferred").replace("DELETE", "SELECT *").replace("RETURNING", "--"))""",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import reduce
 from types import FunctionType
 
-from consumer import database
+from consumer.database import transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,10 @@ def _function(place: str, edits: Sequence[Edit]) -> Iterator[None]:
 
 @contextmanager
 def _statement(place: str, edits: Sequence[Edit]) -> Iterator[None]:
-    whole, name = database.statement, place.removesuffix(".sql")
+    whole, name = vars(transaction)["statement"], place.removesuffix(".sql")
     changed = _edited(whole(name), edits)
-    setattr(database, "statement", lambda wanted: changed if wanted == name else whole(wanted))  # noqa: B010  # cached
+    setattr(transaction, "statement", lambda wanted: changed if wanted == name else whole(wanted))  # noqa: B010  # cached
     try:
         yield
     finally:
-        setattr(database, "statement", whole)  # noqa: B010
+        setattr(transaction, "statement", whole)  # noqa: B010

@@ -23,13 +23,13 @@ if __name__ == "__main__":
 
 import orjson
 
-from consumer import cli, database, health, migrations, outcome, questions, redrive, repairs, replay
+from consumer import cli, health, migrations, outcome, questions, redrive, repairs, replay
 from consumer import turn as turn_module
 from consumer.broker import Publisher
 from consumer.broker import publisher as publisher_module
 from consumer.broker import source as source_module
 from consumer.cli import main
-from consumer.database import Database, Transaction
+from consumer.database import Database, Transaction, outages, pool, session
 from consumer.deadletters import DeadLetters
 from consumer.deferred import DeferredWorker
 from consumer.generation import Generation, Partition
@@ -405,18 +405,19 @@ def no_backoff() -> None:
 
 def every_error_is_the_campaigns() -> None:
     """A read-only or half-built database is taken for a failure of the campaigns in the chunk."""
-    _replace(database, "is_outage", lambda sqlstate: sqlstate is None or sqlstate.startswith("08"))
+    _replace(outages, "is_outage", lambda sqlstate: sqlstate is None or sqlstate.startswith("08"))
 
 
 def no_deadline_for_an_answer() -> None:
     """A statement waits for its answer for ever."""
-    _replace(database, "COMMAND_DEADLINE_S", None)
-    _replace(database, "ANSWER_DEADLINE_S", None)
+    _replace(pool, "COMMAND_DEADLINE_S", None)
+    _replace(pool, "ANSWER_DEADLINE_S", None)
+    _replace(session, "ANSWER_DEADLINE_S", None)
 
 
 def stale_pool() -> None:
     """After a failover the sessions to the old node are kept."""
-    _replace(database, "STALE_POOL", frozenset())
+    _replace(pool, "STALE_POOL", frozenset())
 
 
 def health_says_nothing() -> None:
@@ -432,7 +433,7 @@ def patient_with_brokers() -> None:
 
 def zombies_keep_their_locks() -> None:
     """A session that stands still in a transaction is never ended by the server."""
-    _replace(database, "SESSION", {**database.SESSION, "idle_in_transaction_session_timeout": "0"})
+    _replace(pool, "SESSION", {**session.SESSION, "idle_in_transaction_session_timeout": "0"})
 
 
 def revocation_waits_for_nobody() -> None:

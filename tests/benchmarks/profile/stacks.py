@@ -13,8 +13,8 @@ from typing import Final
 HOTTEST: Final = 15
 # Step -> a frame that only it has, the first that fits a stack counts: file, functions ("" = all of that file).
 STEPS: Final = (
-    ("save", "consumer/database.py", "save _save _deferral _to_json _to_microseconds"),
-    ("recount: ask, and make Recounts of the rows", "consumer/database.py", "recount _recount"),
+    ("save", "consumer/database/", "save _save _deferral _to_json _to_microseconds"),
+    ("recount: ask, and make Recounts of the rows", "consumer/database/", "recount _recount"),
     ("guard", "consumer/recount.py", "_guard"),
     ("decide, encode events", "consumer/outcome.py", "decide"),
     ("relay: publish", "consumer/relay.py", "_send"),
@@ -28,7 +28,7 @@ STEPS: Final = (
     ("deferred worker", "consumer/deferred.py", ""),
     ("client: fetches, heartbeats, produce requests", "aiokafka/", ""),
     ("client: fetches, heartbeats, produce requests", "asyncio/streams.py", ""),
-    ("rows of PostgreSQL decoded (asyncpg)", "consumer/database.py", "_from_microseconds"),
+    ("rows of PostgreSQL decoded (asyncpg)", "consumer/database/", "_from_microseconds"),
 )
 SOCKETS: Final = {"recv(": "sockets: recv", "data_received(": "rows of PostgreSQL decoded (asyncpg)"}
 EVENT_LOOP: Final = "event loop"
