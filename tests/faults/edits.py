@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import reduce
 from types import FunctionType
 
-from consumer.database import transaction
+from consumer.database import pool, transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,13 @@ def _function(place: str, edits: Sequence[Edit]) -> Iterator[None]:
 def _statement(place: str, edits: Sequence[Edit]) -> Iterator[None]:
     whole, name = vars(transaction)["statement"], place.removesuffix(".sql")
     changed = _edited(whole(name), edits)
-    setattr(transaction, "statement", lambda wanted: changed if wanted == name else whole(wanted))  # noqa: B010  # cached
+
+    def read_as(statement: object) -> None:
+        for module in (pool, transaction):
+            setattr(module, "statement", statement)  # noqa: B010  # cached
+
+    read_as(lambda wanted: changed if wanted == name else whole(wanted))
     try:
         yield
     finally:
-        setattr(transaction, "statement", whole)  # noqa: B010
+        read_as(whole)

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 import orjson
 
-from consumer import cli, health, migrations, outcome, questions, redrive, repairs, replay
+from consumer import cli, health, migrations, outcome, pipeline, questions, redrive, repairs, replay
 from consumer import turn as turn_module
 from consumer.broker import Publisher
 from consumer.broker import publisher as publisher_module
@@ -60,12 +60,9 @@ POINTS: Final = (
 )
 """Where `run` can be ended. A migration's are `migration 0001` to the last, in its transaction or behind its index."""
 
-BACKLOG_POINTS: Final = (
-    "in chunk ahead",  # while a backlog is read
-    "after chunk ahead",  # the offsets of what was recounted wait for the rest
-    "in chunk",  # the backlog is read
-)
-"""Where `run` can be ended behind a backlog."""
+AHEAD: Final = "chunk ahead"  # of the generation, while a backlog is read
+BACKLOG_POINTS: Final = (f"in {AHEAD}", f"after {AHEAD}", "in chunk")
+"""Where `run` can be ended behind a backlog; the last is when it is read."""
 
 COMMAND_POINTS: Final = (
     "locked",  # `redrive` and `replay` have their turn
@@ -154,7 +151,7 @@ def _rig_points() -> None:
         after="after offsets",
         matters=lambda offsets, _: not _worked.isdisjoint(offsets.items()),
     )
-    _around(Pipeline, "_recount_ahead", engine="chunk ahead")
+    _around(Pipeline, "_recount_ahead", engine=AHEAD)
     _around(Pipeline, "_flush", engine="chunk")
     _around(Pipeline, "_chunk", before="before chunk")
     _around(DeferredWorker, "turn", engine="deferred")
@@ -276,16 +273,17 @@ def offsets_before_the_transaction() -> None:
 
 
 def offsets_with_what_is_recounted_ahead() -> None:
-    """What is recounted while a backlog is read takes with it the offsets of all that was read."""
-    ahead = Pipeline._recount_ahead
+    """What is recounted while a backlog is read takes with it the offsets of all that was read so far."""
+    recount = Pipeline._recount
 
-    async def broken(self: Pipeline) -> None:
-        await ahead(self)
-        if self._collecting.ahead:
-            self._release(self._collecting, self._epoch)
+    async def broken(self: Pipeline, works: Any, epoch: int) -> None:
+        if _engine.get() == AHEAD:
+            self._release(self._collecting, epoch)
             await self._committed.wait()
+        await recount(self, works, epoch)
 
-    _replace(Pipeline, "_recount_ahead", broken)
+    _replace(Pipeline, "_recount", broken)
+    _replace(pipeline, "AHEAD_EVERY_S", 3_600.0)  # once: however slow the reading is, there is something left
 
 
 def delete_before_the_acknowledgement() -> None:

@@ -173,12 +173,11 @@ class Stage:
         return findings
 
 
-async def backlog(one: Stage, hints: int, campaigns: int) -> None:
-    """Hints that wait already, each campaign in turn."""
-    ids = await one.upstream.campaigns(campaigns, {"pending": 10, "sent": 5})
+async def backlog(one: Stage, campaigns: Sequence[UUID], hints: int) -> None:
+    """So many hints, each campaign in turn, that may wait."""
     topic = one.topics.of("prospect.status_changed.v1")
-    said = [(topic, str(campaign), json.dumps(hint(campaign)).encode()) for campaign in ids]
-    for begin in range(0, hints, campaigns):
+    said = [(topic, str(campaign), json.dumps(hint(campaign)).encode()) for campaign in campaigns]
+    for begin in range(0, hints, len(said)):
         await one.upstream.publish(said[: hints - begin])
 
 

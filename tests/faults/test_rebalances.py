@@ -79,7 +79,7 @@ async def test_members_join_and_leave_under_a_backlog(
 ) -> None:
     """Replicas join, leave and are killed while a backlog is worked off"""
     async with stage(grid, postgres, partitions=6) as one:
-        await backlog(one, hints, campaigns)
+        await backlog(one, await one.upstream.campaigns(campaigns, {"pending": 10, "sent": 5}), hints)
         await one.replica()
         async with Silence(one.url) as silence:
             await eventually(lambda: silence.gaps, "the backlog is being worked off")
@@ -105,7 +105,7 @@ async def test_silence_of_the_group_while_one_joins_under_a_backlog(
     measured = []
     async with stage(grid, postgres, partitions=6) as one:
         before = datetime.now(UTC)
-        await backlog(one, 500_000, 3_000)
+        await backlog(one, await one.upstream.campaigns(3_000, {"pending": 10, "sent": 5}), 500_000)
         for _ in range(3):
             first = await one.replica(real_patience=True)
             async with Silence(one.url) as silence:

@@ -11,9 +11,8 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from consumer import database as database_module
 from consumer import migrations, turn
-from consumer.database import Connection, Database
+from consumer.database import SESSION, Connection, Database, pool, session
 from consumer.demo.servers import Postgres, free_port
 from consumer.errors import Unavailable
 from consumer.outcome import Outcome, State
@@ -89,7 +88,7 @@ def state(campaign_id: UUID, version: int) -> State:
 async def test_a_save_never_holds_what_somebody_wants_who_locks_states_in_id_order(
     database_url: str, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(database_module.SESSION, "lock_timeout", "30s")  # the save is to wait, however slow we are
+    monkeypatch.setitem(SESSION, "lock_timeout", "30s")  # the save is to wait, however slow we are
     lowest, *others = [UUID(int=number) for number in range(1, 6)]
     everything = [lowest, *others]
     await db.executemany(
@@ -154,7 +153,8 @@ def through(proxy: Proxy) -> str:
 async def test_a_session_that_went_dead_is_given_up_soon_and_with_it_all_of_its_time(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Database], Awaitable[object]]
 ) -> None:
-    monkeypatch.setattr(database_module, "ANSWER_DEADLINE_S", 0.5)
+    for module in (pool, session):
+        monkeypatch.setattr(module, "ANSWER_DEADLINE_S", 0.5)
     async with opened(through(proxy)) as database:
         await fill(database)
         await ask(database)
@@ -172,7 +172,7 @@ async def test_a_transaction_whose_session_goes_dead_inside_is_not_rolled_back_i
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A statement may take as long as statement_timeout lets it; a test must not.
-    monkeypatch.setattr(database_module, "COMMAND_DEADLINE_S", 1.5)
+    monkeypatch.setattr(pool, "COMMAND_DEADLINE_S", 1.5)
     dead_since: list[float] = []
 
     async def work(database: Database) -> None:

@@ -419,7 +419,7 @@ async def test_each_right_that_is_lost_while_it_runs_is_named_and_work_goes_on_w
             return any(words in line["why"] for line in running.messages("dependency lost"))
 
         await eventually(told, f"it says that it may not {right.operation} {right.name}", running, timeout_s=40)
-        assert await degraded(), "what is lost shows at the operators' door"
+        await eventually(degraded, "what is lost shows at the operators' door", running)
         assert (await running.get("/livez"))[0] == 200
         await acls.allow(right)
 
