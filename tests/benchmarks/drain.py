@@ -133,9 +133,7 @@ async def _round(stage: Stage, number: int, peers: Sequence[Peer]) -> list[Run]:
         order.reverse()
     runs = []
     async with stage.round(number, seed=number) as common:
-        campaigns = stage.ids[:: max(1, len(stage.ids) // REQUESTS)]
-        topic = common.topics.of(events.SYNC_REQUESTED)
-        asked = await workload.write_requests(stage.kafka.bootstrap, topic, campaigns)
+        asked = await ask(stage, common)
         if number == 1:
             await warm_up(stage, common)
             _say_for_nothing(stage, await _recounting_run(stage, common, PER_EVENT, "warm-up-peer"))
@@ -148,6 +146,12 @@ async def _round(stage: Stage, number: int, peers: Sequence[Peer]) -> list[Run]:
                 attempt = partial(_counting_run if peer.counts_only else _recounting_run, stage, common, peer)
             runs.append(await stage.undisturbed(f"r{number}-{place}", attempt))
     return runs
+
+
+async def ask(stage: Stage, common: Round) -> list[str]:
+    """Sync requests of some campaigns beside the hints; their ids."""
+    campaigns = stage.ids[:: max(1, len(stage.ids) // REQUESTS)]
+    return await workload.write_requests(stage.kafka.bootstrap, common.topics.of(events.SYNC_REQUESTED), campaigns)
 
 
 async def warm_up(stage: Stage, common: Round) -> None:

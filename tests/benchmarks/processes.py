@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Final
 
-from tests.benchmarks.drain import service_run
+from tests.benchmarks.drain import ask, service_run
 from tests.benchmarks.report import Figure, Report, at_least, ratios
 from tests.benchmarks.stage import Run, Stage, rates, reported
 
@@ -16,8 +16,11 @@ async def measure(stage: Stage) -> Report:
     runs: list[Run] = []
     for number in range(1, stage.size.rounds + 1):
         async with stage.round(number, seed=200 + number) as common:
+            asked = await ask(stage, common)
             for processes in (1, 2) if number % 2 else (2, 1):
-                attempt = partial(service_run, stage, common, processes=processes, contestant=NAMES[processes])
+                attempt = partial(
+                    service_run, stage, common, processes=processes, contestant=NAMES[processes], asked=asked
+                )
                 runs.append(await stage.undisturbed(f"p{number}-{processes}", attempt))
     report = reported("processes", runs, rounds=stage.size.rounds)
     one, two = (rates(runs, name) for name in NAMES.values())
