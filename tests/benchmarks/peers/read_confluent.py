@@ -4,9 +4,9 @@ Idiom: `assign` without a group and `consume` for many messages a call, from the
 (https://docs.confluent.io/platform/current/clients/confluent-kafka-python/html/index.html); the sizes are librdkafka's
 (https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md).
 
-MODE=same reads what the service reads: by its own `Hints`, with its settings of the garbage collector. MODE=msgspec
-takes the campaign's id and looks at nothing else (https://jcristharif.com/msgspec/perf-tips.html, "Avoid decoding
-unused fields"): it would take an event of any type, and an id that is none.
+MODE=same reads what the service reads, by its own `Hints`. MODE=msgspec takes the campaign's id and looks at nothing
+else (https://jcristharif.com/msgspec/perf-tips.html, "Avoid decoding unused fields"): it would take an event of any
+type, and an id that is none. The garbage collector is set as the service sets it.
 
 Settings from the environment: KAFKA_BOOTSTRAP_SERVERS, INPUT_TOPIC, EXPECTED (how many records to read), MODE. The
 repository must be on PYTHONPATH. Prints one JSON line; CPU is that of all threads, librdkafka's too. Both clocks start
@@ -27,7 +27,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPar
 
 from consumer.envelope import Hints
 
-BATCH = 1_000  # 500 to 2 000 are equal, 10 000 costs `msgspec` 1.15x (measured)
+BATCH = 1_000  # to `msgspec` 500 to 2 000 are equal, 10 000 cost 1.15x (measured)
 SETTINGS = {
     "group.id": "none",  # must be there; nobody joins it
     "enable.auto.commit": False,
@@ -39,12 +39,10 @@ SETTINGS = {
 
 
 class Read(NamedTuple):
-    """What `Hints` looks at, first; the rest of its Record it does not ask a good record for."""
+    """What `Hints` looks at, first; the rest of its Content it does not ask a good record for."""
 
     value: bytes | None
     headers: Sequence[tuple[str, bytes | None]]
-    topic: str = ""
-    partition: int = 0
     offset: int = 0
     key: bytes | None = None
     timestamp: int = 0
