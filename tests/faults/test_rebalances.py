@@ -6,19 +6,22 @@ import signal
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import cycle, islice
 
 import asyncpg
 import pytest
 
 from consumer.demo.servers import Postgres
+from tests.benchmarks import workload
 from tests.conftest import RunningService, eventually
 from tests.faults import checker
-from tests.faults.stage import SLACK, Grid, Stage, backlog, held_by_the_product, is_still, stage
+from tests.faults.stage import SEED, SLACK, Grid, Stage, backlog, held_by_the_product, is_still, stage
 from tests.world import hint
 
 pytestmark = pytest.mark.apache_kafka
 
 SILENCE_GOAL_S = 1.5
+MANY_HINTS = 2_000_000  # five seconds of work or more; a process takes one and a half until it has joined
 DEAD_JOIN_S = 25.0  # a join that is never answered is given up after the revocation's deadline and 10 s
 FROZEN_S = 40.0  # the server ends a session that stands still in a transaction after 20
 WAITS = """CREATE FUNCTION waits() RETURNS trigger LANGUAGE plpgsql SET lock_timeout = 0 AS $$
@@ -101,11 +104,13 @@ async def test_members_join_and_leave_under_a_backlog(
 async def test_silence_of_the_group_while_one_joins_under_a_backlog(
     grid: Grid, postgres: Postgres, record_property: Record
 ) -> None:
-    """Silence of the group while a replica joins under a backlog of 500 000 hints, three times"""
+    """Silence of the group while a replica joins under a backlog of 2 million hints, three times"""
     measured = []
-    async with stage(grid, postgres, partitions=6) as one:
+    async with stage(grid, postgres, partitions=workload.PARTITIONS) as one:
         before = datetime.now(UTC)
-        await backlog(one, await one.upstream.campaigns(3_000, {"pending": 10, "sent": 5}), 500_000)
+        campaigns = await one.upstream.campaigns(3_000, {"pending": 10, "sent": 5})
+        said, topic = islice(cycle(campaigns), MANY_HINTS), one.topics.of("prospect.status_changed.v1")
+        await workload.write_hints(grid.cluster.bootstrap, topic, list(said), SEED)
         for _ in range(3):
             first = await one.replica(real_patience=True)
             async with Silence(one.url) as silence:
