@@ -346,7 +346,7 @@ async def test_migrate_killed_at_every_file_and_at_once_beside_a_product_at_work
 INVENTED: Final = {
     "9001_invented.sql": "ALTER TABLE campaign_stats.campaign_state ADD COLUMN invented integer;\n",
     "9002_invented_index.sql": "-- concurrently: invented\n"
-    "CREATE INDEX CONCURRENTLY IF NOT EXISTS invented ON public.campaign_prospects (updated_at)\n",
+    "CREATE INDEX CONCURRENTLY IF NOT EXISTS invented ON public.campaign_prospects (updated_at);\n",
 }
 """What a newer version might bring, so that its database is newer than the old code, whatever we have released."""
 
